@@ -1,0 +1,32 @@
+"""Kernels with one reduction order each: one folder an op (`api`, `reference`, backends), no mesh, no model.
+
+Every op has a `reference` in plain JAX that states the order of its adds. `tree_matmul` also has a `mosaic_gpu`
+backend. The public call is the function re-exported here; it chooses the backend by device, or takes `backend=`.
+"""
+
+from .attention.api import AttentionPlan, attention
+from .common.tree import tree_join, tree_sum
+from .embedding.api import embedding
+from .log_softmax.api import exp_sum, log_softmax
+from .rms_norm.api import rms_norm
+from .rope.api import rope, rope_tables
+from .swiglu.api import swiglu
+from .tree_matmul.api import tree_matmul
+from .tree_matmul.plan import ContractionPlan, plan_contraction
+
+__all__ = [
+    "AttentionPlan",
+    "ContractionPlan",
+    "attention",
+    "embedding",
+    "exp_sum",
+    "log_softmax",
+    "plan_contraction",
+    "rms_norm",
+    "rope",
+    "rope_tables",
+    "swiglu",
+    "tree_join",
+    "tree_matmul",
+    "tree_sum",
+]

@@ -1,0 +1,156 @@
+"""The order of the adds of attention, in plain JAX: the specification, and the CPU implementation."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from ..common.rounding import exp, mul, pin, round_to
+from .plan import AttentionPlan
+
+_STEP = 16
+_NEG_INF = np.float32(-np.inf)
+
+
+class _Partial(NamedTuple):
+    """Softmax over some of the keys: running maximum [b, k, g, t], sum of weights, weighted values [b, k, g, t, h]."""
+
+    maximum: jax.Array
+    total: jax.Array
+    values: jax.Array
+
+
+def attention_reference(
+    q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, *, plan: AttentionPlan, scale: float
+) -> jax.Array:
+    """Causal attention of q [B, T, N, H] at `positions` [B, T] over k, v [B, S, K, H], S a multiple of `plan.block`.
+
+    For each query, with the keys at positions 0 .. position:
+      1. a score is the fp32 sum of `q[h] * k[h]` in ascending h from +0.0, times fp32(scale), rounded;
+      2. a split starts from maximum -inf, total 0, values 0 and takes its blocks in ascending order: the maximum becomes
+         the larger of itself and the block's scores; weights are `exp(score - maximum)` rounded to v's dtype, 0 for keys
+         after the query; total and values are multiplied by `exp(old maximum - maximum)` and then add the weights, and
+         `weight * v`, key by key in ascending position;
+      3. splits meet in a balanced binary tree over split indices, neighbours first, each side times
+         `exp(its maximum - joint maximum)`; a side without keys for the query leaves the other untouched;
+      4. values / total, rounded to q's dtype once.
+    Blocks beyond the query's position do nothing, so neither the length of the cache nor other queries enter the bits.
+    """
+    b, t, heads, h = q.shape
+    s, kv_heads = k.shape[1], k.shape[2]
+    grouped = q.reshape(b, t, kv_heads, heads // kv_heads, h).transpose(0, 2, 3, 1, 4).astype(jnp.float32)
+    keys, values = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # [b, k, s, h]
+    needed = (
+        jnp.max(positions) // plan.block + 1
+    )  # blocks past every query are skipped: they would change nothing
+    partials = []
+    for first in range(0, s // plan.block, plan.blocks_per_split):
+        last = min(first + plan.blocks_per_split, s // plan.block)
+        partials.append(
+            _split(grouped, keys, values, positions, first, jnp.clip(needed, first, last), plan, scale)
+        )
+    joint = _join(partials, positions, plan)
+    out = joint.values / joint.total[..., None]
+    return round_to(out, q.dtype).transpose(0, 3, 1, 2, 4).reshape(b, t, heads, h)
+
+
+def _split(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    positions: jax.Array,
+    first: int,
+    last: jax.Array,
+    plan: AttentionPlan,
+    scale: float,
+) -> _Partial:
+    """One chain of online-softmax steps over the blocks first .. last - 1."""
+
+    def step(index: jax.Array, old: _Partial) -> _Partial:
+        start = index * plan.block
+        kb = lax.dynamic_slice_in_dim(k, start, plan.block, axis=2)
+        vb = lax.dynamic_slice_in_dim(v, start, plan.block, axis=2)
+        visible = (start + jnp.arange(plan.block) <= positions[..., None])[
+            :, None, None
+        ]  # [b, 1, 1, t, block]
+        new = _online_step(old, _scores(q, kb, scale), vb, visible)
+        reached = (start <= positions)[:, None, None]  # [b, 1, 1, t]
+        return _Partial(
+            jnp.where(reached, new.maximum, old.maximum),
+            jnp.where(reached, new.total, old.total),
+            jnp.where(reached[..., None], new.values, old.values),
+        )
+
+    row = q.shape[:-1]
+    empty = _Partial(jnp.full(row, _NEG_INF), jnp.zeros(row, jnp.float32), jnp.zeros(q.shape, jnp.float32))
+    return lax.fori_loop(first, last, step, empty)
+
+
+def _scores(q: jax.Array, k: jax.Array, scale: float) -> jax.Array:
+    """Scaled scores [b, k, g, t, block] of q [b, k, g, t, h] and k [b, k, block, h], ascending h."""
+    b, kv_heads, g, t, h = q.shape
+
+    def step(i: jax.Array, acc: jax.Array) -> jax.Array:
+        qs = lax.dynamic_slice_in_dim(q, i * _STEP, _STEP, axis=4)
+        ks = lax.dynamic_slice_in_dim(k, i * _STEP, _STEP, axis=3).astype(jnp.float32)
+        for j in range(_STEP):
+            acc = acc + _product(qs[..., j, None], ks[:, :, None, None, :, j], k.dtype)
+        return acc
+
+    acc = lax.fori_loop(0, h // _STEP, step, jnp.zeros((b, kv_heads, g, t, k.shape[2]), jnp.float32))
+    return mul(acc, np.float32(scale))
+
+
+def _online_step(old: _Partial, scores: jax.Array, v: jax.Array, visible: jax.Array) -> _Partial:
+    """Takes a block of keys into a partial softmax; v [b, k, block, h]."""
+    maximum = jnp.maximum(old.maximum, jnp.max(jnp.where(visible, scores, _NEG_INF), axis=-1))
+    weights = jnp.where(visible, exp(scores - maximum[..., None]), 0)
+    weights = round_to(weights, v.dtype).astype(jnp.float32)
+    shrink = jnp.where(old.maximum == _NEG_INF, 0, exp(old.maximum - maximum))
+
+    def step(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        total, values = carry
+        ps = lax.dynamic_slice_in_dim(weights, i * _STEP, _STEP, axis=4)
+        vs = lax.dynamic_slice_in_dim(v, i * _STEP, _STEP, axis=2).astype(jnp.float32)
+        for j in range(_STEP):
+            total = total + ps[..., j]
+            values = values + _product(ps[..., j, None], vs[:, :, None, None, j], v.dtype)
+        return total, values
+
+    start = mul(old.total, shrink), mul(old.values, shrink[..., None])
+    total, values = lax.fori_loop(0, v.shape[2] // _STEP, step, start)
+    return _Partial(maximum, total, values)
+
+
+def _join(partials: list[_Partial], positions: jax.Array, plan: AttentionPlan) -> _Partial:
+    """Joins splits in a balanced binary tree; missing splits on the right are empty and change nothing."""
+    width = plan.split
+    while len(partials) > 1:
+        pairs = []
+        for i in range(0, len(partials), 2):
+            if i + 1 == len(partials):
+                pairs.append(partials[i])
+                continue
+            reached = ((i + 1) * width <= positions)[:, None, None]
+            pairs.append(_merge(partials[i], partials[i + 1], reached))
+        partials, width = pairs, width * 2
+    return partials[0]
+
+
+def _merge(left: _Partial, right: _Partial, reached: jax.Array) -> _Partial:
+    maximum = jnp.maximum(left.maximum, right.maximum)
+    a, b = exp(left.maximum - maximum), exp(right.maximum - maximum)
+    total = mul(left.total, a) + mul(right.total, b)
+    values = mul(left.values, a[..., None]) + mul(right.values, b[..., None])
+    return _Partial(
+        jnp.where(reached, maximum, left.maximum),
+        jnp.where(reached, total, left.total),
+        jnp.where(reached[..., None], values, left.values),
+    )
+
+
+def _product(a: jax.Array, b: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """a * b in fp32; exact, and so not worth pinning, where the operands hold bfloat16 or float16 values."""
+    return a * b if jnp.dtype(dtype) != jnp.float32 else pin(a * b)

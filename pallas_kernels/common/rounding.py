@@ -1,0 +1,120 @@
+"""Floating-point steps whose rounding no compiler pass can move.
+
+XLA's CPU backend contracts `a * b + c` into a fused multiply-add inside a fusion, and its vector and scalar versions of
+`exp` and `log` differ in the last bit, so a value could depend on the length of the array it stands in. The functions
+here are built from single IEEE operations that stay single.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+_LN2_HI = np.float32(0.693359375)
+_LN2_LO = np.float32(-2.12194440e-4)
+_LOG2_E = np.float32(1.4426950408889634)
+_EXP_COEFFICIENTS = tuple(
+    np.float32(c)
+    for c in (
+        1.9875691500e-4,
+        1.3981999507e-3,
+        8.3334519073e-3,
+        4.1665795894e-2,
+        1.6666665459e-1,
+        5.0000001201e-1,
+    )
+)
+_LOG_COEFFICIENTS = tuple(
+    np.float32(c)
+    for c in (
+        7.0376836292e-2,
+        -1.1514610310e-1,
+        1.1676998740e-1,
+        -1.2420140846e-1,
+        1.4249322787e-1,
+        -1.6668057665e-1,
+        2.0000714765e-1,
+        -2.4999993993e-1,
+        3.3333331174e-1,
+    )
+)
+_SQRT_HALF = np.float32(0.70710678118654752440)
+
+
+def pin(x: jax.Array) -> jax.Array:
+    """Returns `x` unchanged, as a value that a later add cannot absorb into a fused multiply-add.
+
+    The select is the identity (NaN becomes the canonical NaN), costs one blend, and stands between the product and the
+    add in the generated code. `tests/pallas_kernels/common/test_rounding.py` watches that it still does.
+    """
+    return jnp.where(x == x, x, jnp.asarray(jnp.nan, x.dtype))
+
+
+def mul(a: jax.Array, b: jax.Array | np.generic) -> jax.Array:
+    """The fp32 product of `a` and `b`, rounded by itself."""
+    return pin(a * b)
+
+
+def round_to(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """Rounds fp32 `x` to `dtype` once, to nearest even.
+
+    For bfloat16 the rounding is a `reduce_precision`, which XLA never removes; the bare cast would be dropped inside
+    fusions wherever `xla_allow_excess_precision` is left on.
+    """
+    dtype = jnp.dtype(dtype)
+    if dtype == jnp.bfloat16:
+        x = lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+    return x.astype(dtype)
+
+
+def exp(x: jax.Array) -> jax.Array:
+    """e**x of fp32 `x`, within 1 ulp for normal results; the same bits for a value wherever it stands.
+
+    Range reduction by ln 2 in two parts and a degree-6 polynomial (Cephes `expf`), every product rounded alone.
+    """
+    clipped = jnp.clip(x, np.float32(-104.0), np.float32(89.0))
+    n = jnp.round(mul(clipped, _LOG2_E))
+    r = clipped - mul(n, _LN2_HI)
+    r = r - mul(n, _LN2_LO)
+    p = jnp.full_like(r, _EXP_COEFFICIENTS[0])
+    for c in _EXP_COEFFICIENTS[1:]:
+        p = mul(p, r) + c
+    y = mul(mul(p, r), r) + r + np.float32(1)
+    n = n.astype(jnp.int32)
+    half = (
+        n >> 1
+    )  # 2**n in two factors, so that n = 128 and subnormal results do not overflow the exponent field
+    y = y * _power_of_two(half) * _power_of_two(n - half)
+    return jnp.where(x == x, y, x)
+
+
+def log(x: jax.Array) -> jax.Array:
+    """Natural logarithm of fp32 `x` within 1 ulp (Cephes `logf`); -inf at 0, NaN below, the same bits everywhere."""
+    bits = lax.bitcast_convert_type(x, jnp.int32)
+    exponent = (bits >> 23) - 126
+    mantissa = lax.bitcast_convert_type((bits & 0x007FFFFF) | 0x3F000000, jnp.float32)  # in [0.5, 1)
+    small = mantissa < _SQRT_HALF
+    e = jnp.where(small, exponent - 1, exponent).astype(jnp.float32)
+    z = jnp.where(small, mantissa + mantissa, mantissa) - np.float32(1)
+    zz = mul(z, z)
+    p = jnp.full_like(z, _LOG_COEFFICIENTS[0])
+    for c in _LOG_COEFFICIENTS[1:]:
+        p = mul(p, z) + c
+    y = mul(mul(p, z), zz)
+    y = y + mul(e, _LN2_LO)
+    y = y - mul(zz, np.float32(0.5))
+    y = z + y + mul(e, _LN2_HI)
+    y = jnp.where(x == np.float32(np.inf), x, y)
+    y = jnp.where(
+        x < np.finfo(np.float32).tiny, np.float32(-np.inf), y
+    )  # zero and subnormals, which XLA flushes
+    return jnp.where((x < 0) | (x != x), np.float32(np.nan), y)
+
+
+def reciprocal_sqrt(x: jax.Array) -> jax.Array:
+    """1 / sqrt(x) of fp32 `x` as two correctly rounded steps; a fused `rsqrt` may be an approximation."""
+    return np.float32(1) / pin(jnp.sqrt(x))
+
+
+def _power_of_two(n: jax.Array) -> jax.Array:
+    return lax.bitcast_convert_type((n + 127) << 23, jnp.float32)

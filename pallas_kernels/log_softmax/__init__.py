@@ -1,0 +1,1 @@
+"""Log-softmax over a vocabulary, as a tree of leaves."""

@@ -1,0 +1,1 @@
+"""Root-mean-square normalisation with one order of adds per row length."""

@@ -1,0 +1,26 @@
+"""`rms_norm`: checks its operands and calls the reference."""
+
+import jax
+
+from .reference import rms_norm_reference
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, *, eps: float) -> jax.Array:
+    """RMSNorm over the last axis; a row's bits depend on the row alone.
+
+    Args:
+        x: [..., D], bfloat16, float16 or float32.
+        scale: [D].
+        eps: added to the mean square.
+
+    Returns:
+        [..., D] in x's dtype, rounded once.
+
+    Raises:
+        ValueError: the shapes do not fit, or eps is not positive.
+    """
+    if x.ndim < 1 or scale.shape != x.shape[-1:]:
+        raise ValueError(f"rms_norm takes x [..., D] and scale [D], not shapes {x.shape} and {scale.shape}")
+    if not eps > 0:
+        raise ValueError(f"eps={eps} must be positive")
+    return rms_norm_reference(x, scale, eps=eps)

@@ -1,0 +1,75 @@
+"""`tree_matmul`: checks its operands and calls the backend."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from ..common.backend import resolve_backend
+from .plan import check_leaves
+from .reference import tree_matmul_reference
+
+
+def tree_matmul(
+    x: jax.Array,
+    w: jax.Array,
+    leaves: int = 8,
+    *,
+    out_dtype: jax.typing.DTypeLike | None = None,
+    transpose_rhs: bool = False,
+    backend: str | None = None,
+) -> jax.Array:
+    """Matrix product in tree order: the bits of a row depend on that row, on `w` and on `leaves`, and on nothing else.
+
+    K is cut into `leaves` equal slices, each one fp32 accumulation in ascending k; the slices meet in a balanced binary
+    tree of fp32 adds, neighbours first; the sum is rounded to `out_dtype` once. A rank that holds K/t consecutive k's
+    and calls this with `leaves // t` and `out_dtype=jnp.float32` computes a complete subtree; `tree_psum` adds the rest.
+
+    Args:
+        x: [..., K], bfloat16, float16 or float32.
+        w: [K, N] of the same dtype; [N, K] with `transpose_rhs`. N is a multiple of 16 on `mosaic_gpu`.
+        leaves: 1, 2, 4 or 8; K must be a multiple of 16 * leaves.
+        out_dtype: of the result; the operands' dtype by default.
+        transpose_rhs: `w` is stored [N, K].
+        backend: "reference" or "mosaic_gpu"; None chooses by device.
+
+    Returns:
+        [..., N] in `out_dtype`.
+
+    Raises:
+        ValueError: shapes, dtypes or `leaves` that the contract does not cover, or a backend that cannot run here.
+
+    Source: TBIK (arXiv 2511.17826), section 4; fp32 tree nodes instead of the paper's bfloat16 ones.
+    """
+    x, w = jnp.asarray(x), jnp.asarray(w)
+    out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
+    _check(x, w, leaves, out_dtype, transpose_rhs)
+    backend = resolve_backend(backend, x.dtype)
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    n = w.shape[0] if transpose_rhs else w.shape[1]
+    if rows.shape[0] == 0:
+        return jnp.zeros((*x.shape[:-1], n), out_dtype)
+    if backend == "mosaic_gpu":
+        from .mosaic_gpu import tree_matmul_mosaic_gpu  # imports the GPU lowering only where it is used
+
+        out = tree_matmul_mosaic_gpu(rows, w, leaves=leaves, out_dtype=out_dtype, transpose_rhs=transpose_rhs)
+    else:
+        out = tree_matmul_reference(rows, w, leaves=leaves, out_dtype=out_dtype, transpose_rhs=transpose_rhs)
+    return out.reshape(*x.shape[:-1], n)
+
+
+def _check(x: jax.Array, w: jax.Array, leaves: int, out_dtype: jnp.dtype, transpose_rhs: bool) -> None:
+    names = ("bfloat16", "float16", "float32")
+    if x.ndim < 1 or w.ndim != 2:
+        raise ValueError(f"tree_matmul takes x [..., K] and w [K, N], not shapes {x.shape} and {w.shape}")
+    if x.dtype != w.dtype or x.dtype.name not in names:
+        raise ValueError(
+            f"x is {x.dtype} and w is {w.dtype}; both must be one of {', '.join(names)}, and the same"
+        )
+    if out_dtype.name not in names:
+        raise ValueError(f"out_dtype={out_dtype} is not supported; use one of {', '.join(names)}")
+    k = w.shape[1] if transpose_rhs else w.shape[0]
+    if x.shape[-1] != k:
+        stored = "[N, K]" if transpose_rhs else "[K, N]"
+        raise ValueError(f"x has K={x.shape[-1]} and w {stored} has K={k} (shapes {x.shape} and {w.shape})")
+    check_leaves(k, leaves)
