@@ -1,0 +1,126 @@
+"""Qwen3's configuration, read from a Hugging Face `config.json`."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+#: Fields whose other values this model does not implement: name -> values that mean "off".
+_MUST_BE_OFF: dict[str, tuple[Any, ...]] = {
+    "attention_bias": (False, None),
+    "use_sliding_window": (False, None),
+    "attention_dropout": (0, 0.0, None),
+    "rope_scaling": (None,),
+    "quantization_config": (None,),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Qwen3Config:
+    """Shapes and constants of a dense Qwen3; the names are those of Hugging Face's `config.json`.
+
+    Raises:
+        ValueError: a value that no Qwen3 can have.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope_theta: float
+    tie_word_embeddings: bool
+    bos_token_id: int | None = None
+    eos_token_id: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "max_position_embeddings",
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"config field {name}={value!r} must be a whole number of at least 1")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} is no multiple of "
+                f"num_key_value_heads={self.num_key_value_heads}"
+            )
+        if self.head_dim % 16:
+            raise ValueError(f"head_dim={self.head_dim} must be a multiple of 16")
+        if not self.rms_norm_eps > 0 or not self.rope_theta > 0:
+            raise ValueError(
+                f"rms_norm_eps={self.rms_norm_eps} and rope_theta={self.rope_theta} must be positive"
+            )
+
+    @property
+    def queries_per_kv(self) -> int:
+        """Query heads that share one key-value head."""
+        return self.num_attention_heads // self.num_key_value_heads
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> "Qwen3Config":
+        """The configuration from the dictionary in `config.json`, in the style of transformers 4 or 5.
+
+        Raises:
+            ValueError: another model type, a missing field, or a feature that this model does not implement.
+        """
+        if raw.get("model_type") != "qwen3":
+            raise ValueError(
+                f"config.json is of model_type {raw.get('model_type')!r}; tbik_jax.models.Qwen3 is 'qwen3'"
+            )
+        if raw.get("hidden_act", "silu") != "silu":
+            raise ValueError(f"hidden_act={raw['hidden_act']!r} is not implemented; Qwen3 uses 'silu'")
+        rope = raw.get("rope_parameters") or {}
+        if rope.get("rope_type", "default") != "default":
+            raise ValueError(f"rope_type={rope['rope_type']!r} is not implemented; only 'default' is")
+        for name, off in _MUST_BE_OFF.items():
+            if raw.get(name) not in off:
+                raise ValueError(f"config field {name}={raw[name]!r} is not implemented; it must be {off[0]}")
+        if any(kind != "full_attention" for kind in raw.get("layer_types") or ()):
+            raise ValueError("config field layer_types names a layer that is not 'full_attention'")
+        # transformers 5 nests rope_theta; a default here would be a silently wrong model
+        raw = {**raw, "rope_theta": rope.get("rope_theta", raw.get("rope_theta"))}
+        values: dict[str, Any] = {}
+        for field in dataclasses.fields(cls):
+            if field.name in raw and raw[field.name] is not None:
+                values[field.name] = raw[field.name]
+            elif field.default is dataclasses.MISSING:
+                raise ValueError(f"config.json lacks the field {field.name}")
+        for name in ("rope_theta", "rms_norm_eps"):
+            if not isinstance(values.get(name, 1.0), int | float):
+                raise ValueError(f"config field {name}={values[name]!r} must be a number")
+        eos = values.get("eos_token_id", ())
+        values["eos_token_id"] = (eos,) if isinstance(eos, int) else tuple(eos)
+        return cls(**values)
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> "Qwen3Config":
+        """The configuration of a checkpoint folder.
+
+        Raises:
+            ValueError: no readable config.json there, or as `from_dict`.
+        """
+        path = Path(folder) / "config.json"
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ValueError(
+                f"{folder} holds no config.json; is it a Hugging Face checkpoint folder?"
+            ) from None
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} cannot be read: {error}") from None
+        if not isinstance(raw, dict):
+            raise ValueError(f"{path} does not hold a JSON object")
+        return cls.from_dict(raw)

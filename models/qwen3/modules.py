@@ -1,0 +1,273 @@
+"""Qwen3 as Flax NNX modules, written functionally: state goes in and comes out.
+
+The modules run inside `jax.shard_map`: each parameter is this rank's part, as `sharding.py` cuts it, and every
+collective is called from `parallel` or `numerics`. `positions` and `lengths` are absolute, so prefill, a chunk of it and
+a decode step are the same call.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ...layers.base import Parallel, vocab_embedding
+from .config import Qwen3Config
+from .sharding import CACHE_SPEC
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerCache:
+    """Keys and values of one layer, each [B, S, K, H]; entry s is absolute position s."""
+
+    k: jax.Array
+    v: jax.Array
+
+
+#: One entry a layer, or one entry whose arrays have a leading layer dimension.
+Cache = tuple[LayerCache, ...] | LayerCache
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Tokens of a forward pass.
+
+    Attributes:
+        tokens: int32 [B, T].
+        positions: int32 [B, T], absolute and consecutive in a row.
+        lengths: int32 [B]; positions from a row's length on are padding and are written to the cache as zeros.
+        cos: float32 [S, H/2], `rope_tables` for the whole cache.
+        sin: float32 [S, H/2].
+    """
+
+    tokens: jax.Array
+    positions: jax.Array
+    lengths: jax.Array
+    cos: jax.Array
+    sin: jax.Array
+
+
+def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, dtype: jax.typing.DTypeLike) -> nnx.Param:
+    return nnx.Param((jax.random.normal(rngs.params(), shape) * fan_in**-0.5).astype(dtype))
+
+
+class RmsNorm(nnx.Module):
+    """RMSNorm over the last axis: the hidden size, or a head of queries or keys."""
+
+    def __init__(self, size: int, eps: float, dtype: jax.typing.DTypeLike):
+        self.eps = eps
+        self.scale_d = nnx.Param(jnp.ones((size,), dtype))
+
+    def __call__(self, x: jax.Array, parallel: Parallel) -> jax.Array:
+        return parallel.numerics.rms_norm(x, self.scale_d[...], eps=self.eps)
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with normalised queries and keys.
+
+    Queries, key and value of a KV head lie side by side in one weight, so that a cut over KV heads is one matmul.
+    """
+
+    def __init__(self, config: Qwen3Config, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
+        d, k, q, h = config.hidden_size, config.num_key_value_heads, config.queries_per_kv, config.head_dim
+        self.qkv_weight_dkgh = _normal(rngs, (d, k, q + 2, h), d, dtype)
+        self.o_weight_kqhd = _normal(rngs, (k, q, h, d), k * q * h, dtype)
+        self.q_norm = RmsNorm(h, config.rms_norm_eps, dtype)
+        self.k_norm = RmsNorm(h, config.rms_norm_eps, dtype)
+
+    def __call__(
+        self, x: jax.Array, batch: Batch, cache: LayerCache, parallel: Parallel
+    ) -> tuple[jax.Array, LayerCache]:
+        ops = parallel.numerics
+        weight = parallel.weight("qkv_weight_dkgh", self.qkv_weight_dkgh[...])
+        d, kv_heads, g, h = weight.shape
+        qkv = ops.column_parallel(x, weight.reshape(d, kv_heads * g * h)).reshape(
+            *x.shape[:2], kv_heads, g, h
+        )
+        q, k, v = qkv[..., :-2, :], qkv[..., -2, :], qkv[..., -1, :]
+        q = q.reshape(*x.shape[:2], kv_heads * (g - 2), h)
+        cos, sin = batch.cos[batch.positions], batch.sin[batch.positions]
+        q = ops.rope(self.q_norm(q, parallel), cos, sin)
+        k = ops.rope(self.k_norm(k, parallel), cos, sin)
+        cache = LayerCache(_write(cache.k, k, batch), _write(cache.v, v, batch))
+        out = ops.attention(q, cache.k, cache.v, batch.positions)
+        weight = parallel.weight("o_weight_kqhd", self.o_weight_kqhd[...])
+        return ops.row_parallel(out.reshape(*x.shape[:2], -1), weight.reshape(-1, d)), cache
+
+
+def _write(cache: jax.Array, new: jax.Array, batch: Batch) -> jax.Array:
+    """`cache` [B, S, K, H] with `new` [B, T, K, H] at the batch's positions; zeros for padding."""
+    live = batch.positions < batch.lengths[:, None]
+    new = jnp.where(live[..., None, None], new, jnp.zeros((), new.dtype))
+    starts = batch.positions[:, 0]
+    return jax.vmap(lambda row, part, start: lax.dynamic_update_slice(row, part, (start, 0, 0)))(
+        cache, new, starts
+    )
+
+
+class Mlp(nnx.Module):
+    """SwiGLU feed-forward; gate and up in one weight."""
+
+    def __init__(self, config: Qwen3Config, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
+        d, f = config.hidden_size, config.intermediate_size
+        self.gate_up_weight_dcf = _normal(rngs, (d, 2, f), d, dtype)
+        self.down_weight_fd = _normal(rngs, (f, d), f, dtype)
+
+    def __call__(self, x: jax.Array, parallel: Parallel) -> jax.Array:
+        ops = parallel.numerics
+        weight = parallel.weight("gate_up_weight_dcf", self.gate_up_weight_dcf[...])
+        d, _, f = weight.shape
+        gate_up = ops.column_parallel(x, weight.reshape(d, 2 * f))
+        hidden = ops.swiglu(gate_up[..., :f], gate_up[..., f:])
+        return ops.row_parallel(hidden, parallel.weight("down_weight_fd", self.down_weight_fd[...]))
+
+
+class Layer(nnx.Module):
+    """A decoder layer."""
+
+    def __init__(self, config: Qwen3Config, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
+        self.input_norm = RmsNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.attention = Attention(config, dtype, rngs)
+        self.post_attention_norm = RmsNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.mlp = Mlp(config, dtype, rngs)
+
+    def __call__(
+        self, x: jax.Array, batch: Batch, cache: LayerCache, parallel: Parallel
+    ) -> tuple[jax.Array, LayerCache]:
+        ops = parallel.numerics
+        out, cache = self.attention(self.input_norm(x, parallel), batch, cache, parallel)
+        x = ops.add(x, out)
+        return ops.add(x, self.mlp(self.post_attention_norm(x, parallel), parallel)), cache
+
+
+class Qwen3(nnx.Module):
+    """Qwen3ForCausalLM.
+
+    Attributes:
+        config: sizes and constants.
+    """
+
+    def __init__(self, config: Qwen3Config, *, dtype: jax.typing.DTypeLike = jnp.bfloat16, rngs: nnx.Rngs):
+        """Random parameters of variance 1 / fan-in; `tbik_jax.load` reads a checkpoint.
+
+        Args:
+            config: sizes and constants.
+            dtype: of the parameters and activations: bfloat16, float16 or float32.
+            rngs: with the stream `params`.
+        """
+        check_dtype(dtype)
+        d, v = config.hidden_size, config.vocab_size
+        self.config = config
+        self.embedding_vd = _normal(rngs, (v, d), d, dtype)
+        self.layers = nnx.List([Layer(config, dtype, rngs) for _ in range(config.num_hidden_layers)])
+        self.final_norm = RmsNorm(d, config.rms_norm_eps, dtype)
+        if not config.tie_word_embeddings:
+            self.lm_head_weight_dv = _normal(rngs, (d, v), d, dtype)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Of the parameters and activations."""
+        return self.embedding_vd[...].dtype
+
+    def __call__(
+        self,
+        batch: Batch,
+        cache: Cache,
+        parallel: Parallel,
+        *,
+        stacked: Any = None,
+        taps: list[jax.Array] | None = None,
+    ) -> tuple[jax.Array, Cache]:
+        """Runs the decoder inside `shard_map`.
+
+        Args:
+            batch: tokens and positions.
+            cache: as `init_cache` makes it, holding the positions before the batch's.
+            parallel: numerics and mesh.
+            stacked: `stacked_layers()`, if the layers are to run as a scan over one compiled layer; the cache is stacked
+                then too. The bits are the same.
+            taps: if given, receives the hidden states [B, T, D] after the embedding and after each layer.
+
+        Returns:
+            Normalised hidden states [B, T, D], and the cache with the batch's positions.
+        """
+        x = vocab_embedding(batch.tokens, parallel.weight("embedding_vd", self.embedding_vd[...]))
+        outputs = [x]
+        if stacked is None:
+            layer_caches = []
+            for layer, layer_cache in zip(self.layers, cache, strict=True):
+                x, layer_cache = layer(x, batch, layer_cache, parallel)
+                outputs.append(x)
+                layer_caches.append(layer_cache)
+            cache = tuple(layer_caches)
+        else:
+
+            def step(x: jax.Array, layer_and_cache: tuple[Any, LayerCache]) -> tuple[jax.Array, Any]:
+                layer = nnx.merge(nnx.graphdef(self.layers[0]), layer_and_cache[0])
+                x, layer_cache = layer(x, batch, layer_and_cache[1], parallel)
+                return x, (layer_cache, None if taps is None else x)
+
+            x, (cache, each) = lax.scan(step, x, (stacked, cache))
+            outputs.extend([] if taps is None else each)
+        if taps is not None:
+            taps.extend(outputs)
+        return self.final_norm(x, parallel), cache
+
+    def stacked_layers(self) -> Any:
+        """The layers' parameters with a leading layer dimension: for one compiled layer instead of many.
+
+        It copies the parameters, so it suits small models and compilers that are slow (XLA on the CPU).
+        """
+        return jax.tree.map(lambda *each: jnp.stack(each), *(nnx.state(layer) for layer in self.layers))
+
+    def logits(self, hidden: jax.Array, parallel: Parallel) -> jax.Array:
+        """Logits float32 [..., V/tp] of this rank's part of the vocabulary, from hidden states [..., D]."""
+        ops = parallel.numerics
+        if self.config.tie_word_embeddings:
+            table = parallel.weight("embedding_vd", self.embedding_vd[...])
+            return ops.column_parallel(hidden, table, out_dtype=jnp.float32, transpose_rhs=True)
+        weight = parallel.weight("lm_head_weight_dv", self.lm_head_weight_dv[...])
+        return ops.column_parallel(hidden, weight, out_dtype=jnp.float32)
+
+
+def init_cache(
+    config: Qwen3Config, batch: int, capacity: int, dtype: jax.typing.DTypeLike, mesh: Mesh, *, stacked: bool
+) -> Cache:
+    """A cache of zeros on a mesh.
+
+    Args:
+        config: of the model.
+        batch: rows, all ranks together; a multiple of data * fsdp.
+        capacity: positions.
+        dtype: of the keys and values.
+        mesh: with all of its axes.
+        stacked: one entry with a leading layer dimension.
+    """
+    shape = (batch, capacity, config.num_key_value_heads, config.head_dim)
+    spec = cache_spec(config, stacked=stacked)
+
+    def zeros(layer_spec: LayerCache) -> LayerCache:
+        full = (config.num_hidden_layers, *shape) if stacked else shape
+        # two calls: the step donates both arrays, so they must not be one
+        return jax.tree.map(lambda p: jnp.zeros(full, dtype, device=NamedSharding(mesh, p)), layer_spec)
+
+    return zeros(spec) if isinstance(spec, LayerCache) else tuple(zeros(each) for each in spec)
+
+
+def cache_spec(config: Qwen3Config, *, stacked: bool) -> Cache:
+    """The `PartitionSpec`s of a cache, as a tree like it."""
+    if stacked:
+        spec = PartitionSpec(None, *CACHE_SPEC)
+        return LayerCache(spec, spec)
+    return tuple(LayerCache(CACHE_SPEC, CACHE_SPEC) for _ in range(config.num_hidden_layers))
+
+
+def check_dtype(dtype: jax.typing.DTypeLike) -> None:
+    """Raises `ValueError` for a dtype that the numerics do not cover."""
+    if jnp.dtype(dtype).name not in ("bfloat16", "float16", "float32"):
+        raise ValueError(f"dtype {jnp.dtype(dtype).name} is not supported; use bfloat16, float16 or float32")

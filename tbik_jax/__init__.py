@@ -1,0 +1,32 @@
+"""Deterministic LLM inference in JAX: the same bits on any mesh of 1 to 8 devices, in any batch.
+
+`generate` and `score` run a Flax NNX Qwen3 whose every float reduction has one order, set by global shapes alone
+(`docs/numerics.md` states the contract). `tree_matmul`, `tree_psum` and `tree_psum_scatter` are its parts.
+"""
+
+from . import models, pallas_kernels
+from .collectives import tree_all_gather, tree_psum, tree_psum_scatter
+from .fingerprint import fingerprint
+from .generation import GenerateOutput, generate, score
+from .loading import load
+from .mesh import make_mesh
+from .pallas_kernels import tree_matmul
+from .sampling import SamplingParams
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GenerateOutput",
+    "SamplingParams",
+    "fingerprint",
+    "generate",
+    "load",
+    "make_mesh",
+    "models",
+    "pallas_kernels",
+    "score",
+    "tree_all_gather",
+    "tree_matmul",
+    "tree_psum",
+    "tree_psum_scatter",
+]

@@ -1,0 +1,181 @@
+"""Float collectives in tree order, for use inside `jax.shard_map`.
+
+Ranks meet by recursive doubling: partner `rank ^ 1`, then `rank ^ 2`, then `rank ^ 4`, the lower rank's value on the
+left. That is the upper part of the binary tree whose lower part a rank adds up in its own `tree_matmul`. Everything is
+`ppermute`, which moves bits, and explicit fp32 adds. Each has its own VJP in the same order, because JAX's transposes of
+collectives insert reductions of unspecified order.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from .pallas_kernels.common.rounding import round_to
+
+AxisName = str | Sequence[str]
+
+
+def axis_tuple(axis_name: AxisName) -> tuple[str, ...]:
+    """`axis_name` as a tuple, major axis first."""
+    return (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+
+
+def tree_psum(x: jax.Array, axis_name: AxisName) -> jax.Array:
+    """Sums `x` over mesh axes in one binary tree, neighbours first; every rank gets the same bits.
+
+    The bits are those of `tree_join` over the ranks' values in rank order, whatever the axis' place in the mesh. For
+    several axes the rank order is lexicographic, first name slowest. The gradient is `tree_psum` of the cotangents,
+    as `lax.psum`'s is under `check_vma=False`.
+
+    Args:
+        x: float32, bfloat16 or float16 [...]; added in fp32 and rounded to x's dtype once, at the end.
+        axis_name: an axis, or several.
+
+    Returns:
+        Like x.
+
+    Raises:
+        ValueError: an axis size is no power of two, or x is not floating point.
+
+    Source: TBIK (arXiv 2511.17826), the tree all-reduce, with fp32 nodes.
+    """
+    axes = _checked_axes(x, axis_name, "tree_psum")
+    return round_to(_psum(x.astype(jnp.float32), axes), x.dtype)
+
+
+def tree_psum_scatter(
+    x: jax.Array, axis_name: AxisName, *, scatter_dimension: int = 0, tiled: bool = False
+) -> jax.Array:
+    """The slice of `tree_psum` that belongs to this rank, by recursive halving: half the data of each step moves.
+
+    Same tree, same bits as slicing `tree_psum`. The gradient is an all-gather, which adds nothing.
+
+    Args:
+        x: float32, bfloat16 or float16; added in fp32 and rounded once.
+        axis_name: an axis, or several (lexicographic rank order).
+        scatter_dimension: dimension that is cut into one chunk a rank.
+        tiled: keep the dimension (its size divided by the ranks); otherwise its size must equal the number of ranks and
+            it is removed, as in `lax.psum_scatter`.
+
+    Returns:
+        This rank's chunk.
+
+    Raises:
+        ValueError: an axis size is no power of two, the dimension does not divide, or x is not floating point.
+    """
+    axes = _checked_axes(x, axis_name, "tree_psum_scatter")
+    ranks = math.prod(lax.axis_size(a) for a in axes)
+    dim = _dimension(scatter_dimension, x.ndim)
+    size = x.shape[dim]
+    if size % ranks if tiled else size != ranks:
+        need = f"a multiple of {ranks}" if tiled else f"{ranks}, or pass tiled=True"
+        raise ValueError(
+            f"tree_psum_scatter over {ranks} ranks: dimension {dim} has size {size}; it must be {need}"
+        )
+    chunks = jnp.moveaxis(x, dim, 0).reshape(
+        ranks, size // ranks, *(n for i, n in enumerate(x.shape) if i != dim)
+    )
+    mine = round_to(_scatter(chunks.astype(jnp.float32), axes), x.dtype)  # [size / ranks, ...]
+    return jnp.moveaxis(mine, 0, dim) if tiled else mine[0]
+
+
+def tree_all_gather(x: jax.Array, axis_name: AxisName, *, axis: int = 0, tiled: bool = False) -> jax.Array:
+    """`lax.all_gather` (which moves bits) whose gradient is `tree_psum_scatter`, not XLA's reduce-scatter.
+
+    Args:
+        x: any dtype; a gradient needs a floating-point one.
+        axis_name: an axis, or several (lexicographic rank order).
+        axis: dimension along which the ranks' values are stacked, or concatenated with `tiled`.
+        tiled: concatenate instead of stacking.
+
+    Returns:
+        The values of all ranks in rank order, on every rank.
+
+    Raises:
+        ValueError: in the gradient, an axis size that is no power of two.
+    """
+    return _all_gather(x, axis_tuple(axis_name), _dimension(axis, x.ndim + (not tiled)), tiled)
+
+
+def _checked_axes(x: jax.Array, axis_name: AxisName, what: str) -> tuple[str, ...]:
+    axes = axis_tuple(axis_name)
+    if x.dtype.name not in ("float32", "bfloat16", "float16"):
+        raise ValueError(
+            f"{what} adds float32, bfloat16 or float16, not {x.dtype}; integers: lax.psum is exact"
+        )
+    for axis in axes:
+        size = lax.axis_size(axis)
+        if size & (size - 1):
+            raise ValueError(
+                f"{what}: axis {axis!r} has {size} ranks, which form no binary tree; use 1, 2, 4 or 8"
+            )
+    return axes
+
+
+def _dimension(dim: int, ndim: int) -> int:
+    if not -ndim <= dim < ndim:
+        raise ValueError(f"dimension {dim} is out of range for an array of {ndim} dimensions")
+    return dim % ndim
+
+
+def _levels(axes: tuple[str, ...]) -> list[tuple[str, int]]:
+    """(axis, bit) of each step of recursive doubling: the minor axis' lowest bit first."""
+    return [(axis, bit) for axis in reversed(axes) for bit in range((lax.axis_size(axis) - 1).bit_length())]
+
+
+def _exchange(x: jax.Array, axis: str, bit: int) -> jax.Array:
+    """The partner's `x`, the partner being this rank's index with one bit flipped."""
+    return lax.ppermute(x, axis, [(rank, rank ^ (1 << bit)) for rank in range(lax.axis_size(axis))])
+
+
+def _add_in_rank_order(own: jax.Array, other: jax.Array, upper: jax.Array) -> jax.Array:
+    # x + y and y + x differ only in which NaN payload survives; the contract counts that too.
+    return jnp.where(upper, other, own) + jnp.where(upper, own, other)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _psum(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    for axis, bit in _levels(axes):
+        upper = (lax.axis_index(axis) >> bit) & 1 == 1
+        x = _add_in_rank_order(x, _exchange(x, axis, bit), upper)
+    return x
+
+
+_psum.defvjp(lambda x, axes: (_psum(x, axes), None), lambda axes, _, ct: (_psum(ct, axes),))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _scatter(chunks: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """[ranks, ...] -> this rank's chunk of the tree sum.
+
+    Chunks are numbered by rank, so the chunks that a rank keeps at a step are those whose lowest remaining index bit is
+    its own: strided, not contiguous. That is what keeps the neighbours-first order.
+    """
+    for axis, bit in _levels(axes):
+        mine = (lax.axis_index(axis) >> bit) & 1
+        pairs = chunks.reshape(chunks.shape[0] // 2, 2, *chunks.shape[1:])
+        keep = lax.dynamic_index_in_dim(pairs, mine, axis=1, keepdims=False)
+        give = lax.dynamic_index_in_dim(pairs, 1 - mine, axis=1, keepdims=False)
+        chunks = _add_in_rank_order(keep, _exchange(give, axis, bit), mine == 1)
+    return chunks[0]
+
+
+_scatter.defvjp(
+    lambda chunks, axes: (_scatter(chunks, axes), None),
+    lambda axes, _, ct: (lax.all_gather(ct, axes, axis=0),),
+)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _all_gather(x: jax.Array, axes: tuple[str, ...], dim: int, tiled: bool) -> jax.Array:
+    return lax.all_gather(x, axes, axis=dim, tiled=tiled)
+
+
+_all_gather.defvjp(
+    lambda x, axes, dim, tiled: (_all_gather(x, axes, dim, tiled), None),
+    lambda axes, dim, tiled, _, ct: (tree_psum_scatter(ct, axes, scatter_dimension=dim, tiled=tiled),),
+)

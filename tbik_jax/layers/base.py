@@ -1,0 +1,96 @@
+"""The operations a model calls, and where its ranks stand in the mesh."""
+
+import dataclasses
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ..collectives import tree_all_gather
+from ..pallas_kernels.embedding.api import embedding
+
+TP = "tp"
+FSDP = "fsdp"
+
+
+class Numerics(Protocol):
+    """Every float operation of a model's forward pass. Hashable, so that compiled steps are cached by it."""
+
+    def column_parallel(
+        self,
+        x: jax.Array,
+        w: jax.Array,
+        *,
+        out_dtype: jax.typing.DTypeLike | None = None,
+        transpose_rhs: bool = False,
+    ) -> jax.Array:
+        """x [..., K] @ this rank's columns w [K, N/tp] (or rows of w [N/tp, K]); K is whole."""
+        ...
+
+    def row_parallel(self, x: jax.Array, w: jax.Array) -> jax.Array:
+        """x [..., K/tp] @ w [K/tp, N], added over the tp axis and rounded to x's dtype once."""
+        ...
+
+    def rms_norm(self, x: jax.Array, scale: jax.Array, *, eps: float) -> jax.Array:
+        """RMSNorm over the last axis."""
+        ...
+
+    def rope(self, x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+        """Rotary embedding of x [..., heads, H]."""
+        ...
+
+    def swiglu(self, gate: jax.Array, up: jax.Array) -> jax.Array:
+        """silu(gate) * up."""
+        ...
+
+    def attention(self, q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> jax.Array:
+        """Causal attention of q [B, T, N, H] over the cache k, v [B, S, K, H]."""
+        ...
+
+    def add(self, x: jax.Array, y: jax.Array) -> jax.Array:
+        """The residual add."""
+        ...
+
+    def log_normaliser(self, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Maximum and log-sum-exp above it of logits [..., V/tp] over the whole vocabulary, each float32 [...]."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Parallel:
+    """What a model needs to know inside `shard_map`.
+
+    Attributes:
+        numerics: the operations.
+        fsdp_dims: (parameter name, dimension) of the parameters that are cut over the fsdp axis.
+    """
+
+    numerics: Numerics
+    fsdp_dims: tuple[tuple[str, int], ...] = ()
+
+    def weight(self, name: str, value: jax.Array) -> jax.Array:
+        """A parameter as this rank uses it: gathered over fsdp (which moves bits), still cut over tp."""
+        for known, dim in self.fsdp_dims:
+            if known == name:
+                return tree_all_gather(value, FSDP, axis=dim, tiled=True)
+        return value
+
+
+def vocab_embedding(ids: jax.Array, table: jax.Array) -> jax.Array:
+    """Rows of a table [V/tp, D] cut over tp; exact.
+
+    Each id lies on one rank. The others contribute zero bits, and the sum is one of integers: a float sum would turn
+    -0.0 into +0.0 on a mesh with tp > 1.
+    """
+    rows = embedding(ids, table, offset=lax.axis_index(TP) * table.shape[0])
+    return select_over_tp(rows)
+
+
+def select_over_tp(x: jax.Array) -> jax.Array:
+    """The bits of the one rank whose `x` is not zero bits; an integer sum over tp."""
+    if lax.axis_size(TP) == 1:
+        return x
+    unsigned = {2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+    bits = lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
+    return lax.bitcast_convert_type(lax.psum(bits, TP).astype(unsigned), x.dtype)

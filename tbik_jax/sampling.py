@@ -1,0 +1,145 @@
+"""Sampling whose noise comes from (request seed, position, vocabulary id) alone."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .pallas_kernels.common.rounding import exp, log, mul
+from .pallas_kernels.common.tree import tree_sum
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How the tokens of a prompt are chosen.
+
+    Attributes:
+        temperature: 0 takes the most probable token; above 0 divides the logits before sampling.
+        top_k: keep the k most probable tokens; None keeps all.
+        top_p: then keep the smallest set of most probable tokens whose probability reaches p; None keeps all.
+        seed: 0 .. 2**64 - 1. The noise of a token depends on (seed, position, vocabulary id) alone, so equal prompts
+            with equal seeds give equal samples: give each its own seed for several samples of one prompt.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.temperature, int | float | np.floating) and 0 <= self.temperature < math.inf):
+            raise ValueError(f"temperature={self.temperature} must be finite and at least 0 (0 is greedy)")
+        if self.top_k is not None and not (_whole(self.top_k) and self.top_k >= 1):
+            raise ValueError(
+                f"top_k={self.top_k} must be a whole number of at least 1, or None for all tokens"
+            )
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p} must be in (0, 1], or None for all tokens")
+        if not (_whole(self.seed) and 0 <= self.seed < 2**64):
+            raise ValueError(f"seed={self.seed} must be a whole number in 0 .. 2**64 - 1")
+
+    @property
+    def filters(self) -> bool:
+        """Whether any token can be ruled out."""
+        return self.temperature > 0 and (self.top_k is not None or self.top_p is not None)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingArrays:
+    """The parameters of a batch as arrays, one row a prompt.
+
+    Attributes:
+        temperature: float32 [B].
+        top_k: int32 [B]; the vocabulary's size where all tokens are kept.
+        top_p: float32 [B]; 2 where all tokens are kept.
+        key: uint32 [B, 2], the seed's high and low word: a Threefry key.
+    """
+
+    temperature: jax.Array
+    top_k: jax.Array
+    top_p: jax.Array
+    key: jax.Array
+
+
+def sampling_arrays(params: list[SamplingParams], vocab_size: int) -> SamplingArrays:
+    """Host arrays for a batch."""
+    seeds = [int(p.seed) for p in params]
+    return SamplingArrays(
+        temperature=np.asarray([p.temperature for p in params], np.float32),
+        top_k=np.asarray(
+            [vocab_size if p.top_k is None else min(p.top_k, vocab_size) for p in params], np.int32
+        ),
+        top_p=np.asarray([2.0 if p.top_p is None or p.top_p >= 1 else p.top_p for p in params], np.float32),
+        key=np.asarray([[seed >> 32, seed & 0xFFFFFFFF] for seed in seeds], np.uint32),
+    )
+
+
+def sample(logits: jax.Array, positions: jax.Array, params: SamplingArrays, *, filtered: bool) -> jax.Array:
+    """One token a row: the argmax of logits / temperature + Gumbel noise over the tokens that the filters keep.
+
+    Args:
+        logits: float32 [B, V], finite.
+        positions: int32 [B], the absolute position that the new token will have.
+        params: of the batch.
+        filtered: whether any row uses top_k or top_p; without, no sort is compiled.
+
+    Returns:
+        int32 [B]. Ties go to the lowest vocabulary id.
+    """
+    hot = params.temperature > 0
+    scaled = logits / jnp.where(hot, params.temperature, 1)[:, None]
+    noisy = scaled + gumbel_noise(params.key, positions, logits.shape[1])
+    if filtered:
+        noisy = jnp.where(_kept(scaled, params), noisy, -jnp.inf)
+    chosen = jnp.where(hot[:, None], noisy, logits)
+    return jnp.argmax(chosen, axis=-1).astype(jnp.int32)
+
+
+def gumbel_noise(key: jax.Array, positions: jax.Array, vocab_size: int) -> jax.Array:
+    """Gumbel noise float32 [B, V]: element (b, v) is a function of (key[b], positions[b], v) and of nothing else.
+
+    Threefry-2x32 of the seed, folded with the position, folded with the vocabulary id; 23 of its bits make a uniform
+    number u in (0, 1), and the noise is -log(-log(u)).
+    """
+
+    def row(words: jax.Array, position: jax.Array) -> jax.Array:
+        at_position = jax.random.fold_in(jax.random.wrap_key_data(words, impl="threefry2x32"), position)
+        folded = jax.vmap(jax.random.fold_in, (None, 0))(
+            at_position, jnp.arange(vocab_size, dtype=jnp.uint32)
+        )
+        return jax.random.key_data(folded)[:, 0]
+
+    bits = jax.vmap(row)(key, positions.astype(jnp.uint32))
+    uniform = ((bits >> 9).astype(jnp.float32) + np.float32(0.5)) * np.float32(2.0**-23)  # exact: 24 bits
+    return -log(-log(uniform))
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _kept(scaled: jax.Array, params: SamplingArrays) -> jax.Array:
+    """Which tokens top_k and then top_p keep; bool [B, V]. Equal logits rank by vocabulary id."""
+    order = jnp.argsort(-scaled, axis=-1, stable=True)
+    rank = jnp.argsort(order, axis=-1)  # the inverse permutation
+    descending = jnp.take_along_axis(scaled, order, axis=-1)
+    weights = exp(descending - descending[:, :1])
+    weights = jnp.where(jnp.arange(scaled.shape[1]) < params.top_k[:, None], weights, 0)
+    before = jnp.pad(_prefix_sum(weights), ((0, 0), (1, 0)))[:, :-1]
+    enough = before >= mul(params.top_p, tree_sum(weights))[:, None]
+    # the most probable token always stays, whatever rounding did to a tiny top_p
+    count = jnp.minimum(jnp.maximum(jnp.argmax(enough, axis=-1), 1), params.top_k)
+    count = jnp.where(jnp.any(enough, axis=-1), count, params.top_k)
+    return rank < count[:, None]
+
+
+def _prefix_sum(x: jax.Array) -> jax.Array:
+    """Inclusive prefix sums along the last axis by doubling strides, one order per row length."""
+    stride = 1
+    while stride < x.shape[-1]:
+        x = x + jnp.pad(x, ((0, 0), (stride, 0)))[:, : x.shape[-1]]
+        stride *= 2
+    return x

@@ -1,0 +1,287 @@
+"""The compiled steps of inference: prefill of a chunk, the decode loop, teacher-forced scoring.
+
+Each is one `shard_map` under `jit`, so that every collective is written down in this package. The cache is donated. All
+are cached by (model structure, mesh, numerics), and by shape inside `jit`.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from .layers import InvariantNumerics, Numerics, Parallel, PlainNumerics
+from .layers.base import TP, select_over_tp
+from .loading import parameter_path, parameter_shardings
+from .mesh import BATCH_AXES
+from .models.qwen3 import Qwen3
+from .models.qwen3.modules import Batch, Cache, cache_spec, init_cache
+from .pallas_kernels.common.backend import device_backend
+from .sampling import SamplingArrays, sample
+
+NUMERICS = ("invariant", "plain")
+_ROWS = P(BATCH_AXES)
+
+
+class Decoded(NamedTuple):
+    """Result of the decode loop.
+
+    Attributes:
+        tokens: int32 [B, steps]; -1 where nothing was generated.
+        logprobs: float32 [B, steps].
+        bad_step: int32 [B], the step whose logits held NaN or infinity; `steps` where there was none.
+    """
+
+    tokens: jax.Array
+    logprobs: jax.Array
+    bad_step: jax.Array
+
+
+def make_numerics(name: str, mesh: Mesh) -> Numerics:
+    """The numerics of that name on the mesh's devices.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if name == "invariant":
+        return InvariantNumerics(backend=device_backend(mesh.devices.flat[0]))
+    if name == "plain":
+        return PlainNumerics()
+    raise ValueError(f"numerics={name!r} is unknown; use one of {', '.join(NUMERICS)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Engine:
+    """A model on a mesh: its parameters in place, and the steps that run it.
+
+    Attributes:
+        steps: the compiled steps.
+        parameters: flat list of arrays, sharded for the steps' mesh.
+    """
+
+    steps: "Steps"
+    parameters: list[jax.Array]
+
+    @classmethod
+    def create(cls, model: Qwen3, mesh: Mesh, numerics: str) -> "Engine":
+        """Puts the parameters on `mesh` (nothing moves if they are there) and finds or builds the steps.
+
+        Raises:
+            ValueError: the model does not fit the mesh, or the numerics are unknown.
+        """
+        graphdef, state = nnx.split(model)
+        shardings = parameter_shardings(state, mesh)
+        leaves, treedef = jax.tree.flatten(jax.device_put(state, shardings))
+        specs = tuple(s.spec for s in jax.tree.leaves(shardings))
+        names = [str(parameter_path(path)[-1]) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
+        fsdp_dims = {
+            (name, dim)
+            for name, spec in zip(names, specs, strict=True)
+            for dim, axis in enumerate(spec)
+            if axis == "fsdp"
+        }
+        parallel = Parallel(numerics=make_numerics(numerics, mesh), fsdp_dims=tuple(sorted(fsdp_dims)))
+        return cls(_steps(graphdef, treedef, specs, model.config, model.dtype, mesh, parallel), leaves)
+
+
+@functools.lru_cache(maxsize=64)
+def _steps(*args: Any) -> "Steps":
+    return Steps(*args)
+
+
+class Steps:
+    """The jitted functions for one model structure, mesh and numerics."""
+
+    def __init__(
+        self,
+        graphdef: Any,
+        treedef: Any,
+        specs: tuple[P, ...],
+        config: Any,
+        dtype: jnp.dtype,
+        mesh: Mesh,
+        parallel: Parallel,
+    ):
+        self._graphdef, self._treedef, self._specs = graphdef, treedef, specs
+        self._config, self._dtype, self.mesh, self._parallel = config, dtype, mesh, parallel
+        # On the CPU a step of many layers compiles for long: there it scans over one layer.
+        self.scan_layers = mesh.devices.flat[0].platform == "cpu"
+        caches = cache_spec(config, stacked=self.scan_layers)
+        rows, scalar, tables = _ROWS, P(), (P(), P())
+        self.prefill = self._jit(self._prefill, (caches, rows, rows, scalar, tables), caches, donate=1)
+        sampling = SamplingArrays(temperature=rows, top_k=rows, top_p=rows, key=rows)
+        decode_in = (caches, rows, rows, scalar, sampling, P(), tables)
+        decode_out = (caches, Decoded(rows, rows, rows))
+        # Whether the vocabulary is sorted and how long the output is are compiled in.
+        self.decode = functools.lru_cache(maxsize=None)(
+            lambda steps, filtered: self._jit(
+                functools.partial(self._decode, steps=steps, filtered=filtered),
+                decode_in,
+                decode_out,
+                donate=1,
+            )
+        )
+        score_in = (caches, rows, rows, rows, scalar, tables)
+        self.score = self._jit(self._score, score_in, (caches, rows, rows), donate=1)
+        self.hidden_states = self._jit(
+            self._hidden_states, (caches, rows, rows, tables), (rows, P(BATCH_AXES, None, TP))
+        )
+
+    def _jit(self, body: Callable[..., Any], in_specs: Any, out_specs: Any, donate: int | None = None) -> Any:
+        # The butterfly ends replicated over tp, which shard_map's check cannot infer from ppermute.
+        mapped = jax.shard_map(
+            body,
+            mesh=self.mesh,
+            in_specs=(list(self._specs), *in_specs),
+            out_specs=out_specs,
+            check_vma=False,
+        )
+        # XLA may otherwise drop bfloat16 roundings inside fusions.
+        options = (
+            {"xla_allow_excess_precision": False}
+            if isinstance(self._parallel.numerics, InvariantNumerics)
+            else {}
+        )
+        return jax.jit(mapped, donate_argnums=() if donate is None else (donate,), compiler_options=options)
+
+    def init_cache(self, batch: int, capacity: int) -> Cache:
+        """A cache of zeros for `batch` rows (all ranks together) of `capacity` positions."""
+        return init_cache(self._config, batch, capacity, self._dtype, self.mesh, stacked=self.scan_layers)
+
+    def _model(self, parameters: list[jax.Array]) -> tuple[Qwen3, Callable[..., tuple[jax.Array, Cache]]]:
+        """The module, and its forward pass."""
+        model = nnx.merge(self._graphdef, jax.tree.unflatten(self._treedef, parameters))
+        stacked = model.stacked_layers() if self.scan_layers else None
+        return model, functools.partial(model, parallel=self._parallel, stacked=stacked)
+
+    def _prefill(
+        self,
+        parameters: list[jax.Array],
+        cache: Cache,
+        tokens: jax.Array,
+        lengths: jax.Array,
+        start: jax.Array,
+        tables: Any,
+    ) -> Cache:
+        """Writes the positions start .. start + T - 1 of tokens [B, T] to the cache."""
+        batch = _batch(tokens, start + jnp.arange(tokens.shape[1]), lengths, tables)
+        _, forward = self._model(parameters)
+        return forward(batch, cache)[1]
+
+    def _decode(
+        self,
+        parameters: list[jax.Array],
+        cache: Cache,
+        tokens: jax.Array,
+        lengths: jax.Array,
+        limit: jax.Array,
+        sampling: SamplingArrays,
+        eos_ids: jax.Array,
+        tables: Any,
+        *,
+        steps: int,
+        filtered: bool,
+    ) -> tuple[Cache, Decoded]:
+        """Generates up to `limit` tokens a row, from each row's last prompt token [B] at position lengths - 1.
+
+        The loop runs that token's forward pass itself, so the program holds one copy of the model and prefill needs no
+        logits. Rows with length 0 are padding. The loop ends when every row on every rank has met an end token.
+        """
+        (model, forward), parallel = self._model(parameters), self._parallel
+        rows = tokens.shape[0]
+
+        def running(carry: Any) -> jax.Array:
+            step, _, _, _, active, _ = carry
+            return (step < limit) & (lax.psum(jnp.sum(active, dtype=jnp.int32), BATCH_AXES) > 0)
+
+        def body(carry: Any) -> Any:
+            step, cache, token, position, active, out = carry
+            batch = _batch(token[:, None], position[:, None], position + 1, tables)
+            hidden, cache = forward(batch, cache)
+            token, logprob, good = _next_token(
+                model.logits(hidden[:, 0], parallel), position + 1, sampling, parallel, filtered
+            )
+            out = Decoded(
+                out.tokens.at[:, step].set(jnp.where(active & good, token, -1)),
+                out.logprobs.at[:, step].set(jnp.where(active & good, logprob, 0)),
+                jnp.where(active & ~good, step, out.bad_step),
+            )
+            active = active & good & ~jnp.any(token[:, None] == eos_ids, axis=1)
+            return step + 1, cache, token, position + 1, active, out
+
+        empty = Decoded(
+            jnp.full((rows, steps), -1, jnp.int32),
+            jnp.zeros((rows, steps), jnp.float32),
+            jnp.full((rows,), steps, jnp.int32),
+        )
+        start = (jnp.int32(0), cache, tokens, jnp.maximum(lengths - 1, 0), lengths > 0, empty)
+        _, cache, _, _, _, out = lax.while_loop(running, body, start)
+        return cache, out
+
+    def _score(
+        self,
+        parameters: list[jax.Array],
+        cache: Cache,
+        tokens: jax.Array,
+        targets: jax.Array,
+        lengths: jax.Array,
+        start: jax.Array,
+        tables: Any,
+    ) -> tuple[Cache, jax.Array, jax.Array]:
+        """Log-probabilities float32 [B, T] of targets [B, T], and whether their logits were finite (bool [B, T])."""
+        (model, forward), parallel = self._model(parameters), self._parallel
+        batch = _batch(tokens, start + jnp.arange(tokens.shape[1]), lengths, tables)
+        hidden, cache = forward(batch, cache)
+        logits = model.logits(hidden, parallel)
+        local = targets - lax.axis_index(TP) * logits.shape[-1]
+        inside = (local >= 0) & (local < logits.shape[-1])
+        chosen = jnp.take_along_axis(logits, jnp.where(inside, local, 0)[..., None], axis=-1)[..., 0]
+        chosen = select_over_tp(jnp.where(inside, chosen, 0))
+        finite = lax.psum(jnp.any(~(jnp.abs(logits) < jnp.inf), axis=-1).astype(jnp.int32), TP) == 0
+        return cache, _logprob(chosen, logits, parallel), finite
+
+    def _hidden_states(
+        self, parameters: list[jax.Array], cache: Cache, tokens: jax.Array, lengths: jax.Array, tables: Any
+    ) -> tuple[list[jax.Array], jax.Array]:
+        """Hidden states after the embedding, each layer and the final norm, [B, T, D] each, and logits [B, T, V]."""
+        model, forward = self._model(parameters)
+        taps: list[jax.Array] = []
+        batch = _batch(tokens, jnp.arange(tokens.shape[1]), lengths, tables)
+        hidden, _ = forward(batch, cache, taps=taps)
+        return [*taps, hidden], model.logits(hidden, self._parallel)
+
+
+def _batch(tokens: jax.Array, positions: jax.Array, lengths: jax.Array, tables: Any) -> Batch:
+    positions = jnp.broadcast_to(positions, tokens.shape).astype(jnp.int32)
+    return Batch(tokens=tokens, positions=positions, lengths=lengths, cos=tables[0], sin=tables[1])
+
+
+def _next_token(
+    logits: jax.Array, positions: jax.Array, sampling: SamplingArrays, parallel: Parallel, filtered: bool
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Token, log-probability and whether the logits were finite, each [B], from logits [B, V/tp].
+
+    The logits of the whole vocabulary are gathered (which moves bits), and every tp rank samples the same token.
+    """
+    whole = lax.all_gather(logits, TP, axis=1, tiled=True)
+    good = jnp.all(jnp.abs(whole) < jnp.inf, axis=-1)  # false for NaN too
+    token = sample(jnp.where(good[:, None], whole, 0), positions, sampling, filtered=filtered)
+    chosen = jnp.take_along_axis(whole, token[:, None], axis=-1)[:, 0]
+    return token, _logprob(chosen, logits, parallel), good
+
+
+def _logprob(chosen: jax.Array, logits: jax.Array, parallel: Parallel) -> jax.Array:
+    row_max, log_total = parallel.numerics.log_normaliser(logits)
+    return (chosen - row_max) - log_total
+
+
+def table_arrays(tables: tuple[np.ndarray, np.ndarray], mesh: Mesh) -> tuple[jax.Array, jax.Array]:
+    """Rope tables on every device."""
+    return jax.device_put(tables, NamedSharding(mesh, P()))
