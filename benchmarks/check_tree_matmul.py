@@ -90,10 +90,10 @@ TINY = Scope(
 class Report:
     """Collects outcomes, prints one line a group, and keeps the file up to date."""
 
-    def __init__(self, path: pathlib.Path | None, argv: list[str], verbose: bool):
+    def __init__(self, path: pathlib.Path | None, quick: bool, verbose: bool):
         self.path, self.verbose = path, verbose
         self.start = time.perf_counter()
-        self.data = {"environment": environment(), "argv": argv, "groups": [], "speed": [], "ok": True}
+        self.data = {"environment": environment(), "quick": quick, "groups": [], "speed": [], "ok": True}
         self.data["environment"]["runtime"] = jax.devices()[0].client.platform_version
 
     def group(self, name: str) -> "Group":
@@ -378,7 +378,7 @@ def main(argv: list[str]) -> int:
     # A kernel whose barriers hang cannot be interrupted; this prints where it hangs and ends the process.
     faulthandler.dump_traceback_later(args.limit, exit=True)
 
-    report = Report(args.out, argv, args.verbose)
+    report = Report(args.out, args.quick, args.verbose)
     print(json.dumps(report.data["environment"]), flush=True)
     check_twin(report, scope)
     tiled = scope.shapes[0], (scope.more_shapes or scope.shapes)[-1]

@@ -48,7 +48,12 @@ def main() -> int:
                 calls.append(call)
                 print(json.dumps(call), flush=True)
     results = _results(outputs)
-    report = {"environment": environment(), "arguments": vars(args), "results": results, "calls": calls}
+    report = {
+        "environment": environment(),
+        "arguments": {k: v for k, v in vars(args).items() if k != "out"},
+        "results": results,
+        "calls": calls,
+    }
     for row in results:
         print(json.dumps(row))
     if args.out:
