@@ -1,9 +1,9 @@
 """Float collectives in tree order, for use inside `jax.shard_map`.
 
 Ranks meet by recursive doubling: partner `rank ^ 1`, then `rank ^ 2`, then `rank ^ 4`, the lower rank's value on the
-left. That is the upper part of the binary tree whose lower part a rank adds up in its own `tree_matmul`. Everything is
-`ppermute`, which moves bits, and explicit fp32 adds. Each has its own VJP in the same order, because JAX's transposes of
-collectives insert reductions of unspecified order.
+left. That is the upper part of the binary tree whose lower part a rank adds up in its own `tree_matmul`. Everything
+is `ppermute`, which moves bits, and explicit fp32 adds. Each has its own VJP in the same order, because JAX's
+transposes of collectives insert reductions of unspecified order.
 """
 
 import functools
@@ -20,8 +20,13 @@ AxisName = str | Sequence[str]
 
 
 def axis_tuple(axis_name: AxisName) -> tuple[str, ...]:
-    """`axis_name` as a tuple, major axis first."""
-    return (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+    """`axis_name` as a tuple, major axis first; `ValueError` if an axis is named twice."""
+    axes = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+    if len(set(axes)) < len(axes):
+        raise ValueError(
+            f"axes {axes} name an axis twice, whose ranks would be counted twice; name each once"
+        )
+    return axes
 
 
 def tree_psum(x: jax.Array, axis_name: AxisName) -> jax.Array:

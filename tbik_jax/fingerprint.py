@@ -30,7 +30,7 @@ def fingerprint(tree: Any) -> str:
         if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             leaf = jax.random.key_data(leaf)
         array = np.asarray(leaf)
-        if array.dtype == object:
+        if array.dtype.kind in "OSU":  # objects, bytes and strings
             raise ValueError(f"{name} is a {type(leaf).__name__}, not an array or a number")
         digest.update(f"{name}:{array.dtype.name}:{array.shape};".encode())
         digest.update(np.ascontiguousarray(array).tobytes())

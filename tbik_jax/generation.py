@@ -48,11 +48,12 @@ def generate(
     eos_id: int | Sequence[int] | None = None,
     numerics: NumericsName = "invariant",
     prefill_chunk: int = 512,
+    scan_layers: bool | None = None,
 ) -> GenerateOutput:
     """Continues prompts.
 
-    With invariant numerics the tokens and log-probabilities of a prompt are a function of the parameters, the prompt and
-    its sampling parameters: bit for bit the same on any mesh, in any batch and row, with any `prefill_chunk`.
+    With invariant numerics the tokens and log-probabilities of a prompt are a function of the parameters, the prompt
+    and its sampling parameters: bit for bit the same on any mesh, in any batch and row, with any `prefill_chunk`.
 
     Args:
         params: a Qwen3, from `load`, freshly made, trained or restored; moved to `mesh` if it lies elsewhere.
@@ -64,6 +65,8 @@ def generate(
         eos_id: end token or tokens, which stop their row; None for no stop.
         numerics: "invariant", or "plain" for `jnp.dot`, `lax.psum` and ordinary softmax.
         prefill_chunk: prompt tokens that one forward pass takes; memory grows with it, bits do not change.
+        scan_layers: run the layers as a scan over one compiled layer: compiles in seconds, but holds a second copy of
+            the weights. None does so on the CPU. Bits do not change.
 
     Returns:
         Tokens and log-probabilities a prompt.
@@ -79,7 +82,7 @@ def generate(
     _check_lengths(rows, max_new_tokens, params.config)
     eos = _token_set(eos_id, params.config)
     choices = _sampling_rows(sampling, len(rows))
-    engine = Engine.create(params, mesh, numerics)
+    engine = Engine.create(params, mesh, numerics, scan_layers)
     batch = _padded(rows, mesh)
     longest = max(len(row) for row in rows)
     chunk = min(chunk, _bucket(longest - 1)) if longest > 1 else 1
@@ -102,6 +105,7 @@ def score(
     mesh: Mesh | None = None,
     numerics: NumericsName = "invariant",
     chunk: int | None = None,
+    scan_layers: bool | None = None,
 ) -> list[np.ndarray]:
     """Teacher-forced log-probabilities, bit-equal to those that `generate` reports for the same tokens.
 
@@ -111,6 +115,7 @@ def score(
         mesh: as for `generate`.
         numerics: as for `generate`.
         chunk: tokens that one forward pass takes; by default as many as keep its logits small. Bits do not change.
+        scan_layers: as for `generate`.
 
     Returns:
         A float32 array of length n - 1 a sequence of n tokens: entry i is the log-probability of token i + 1 given
@@ -123,7 +128,7 @@ def score(
     mesh = resolve_mesh(mesh)
     rows = _token_rows(sequences, params.config, "sequence")
     _check_lengths(rows, 0, params.config)
-    engine = Engine.create(params, mesh, numerics)
+    engine = Engine.create(params, mesh, numerics, scan_layers)
     batch = _padded(rows, mesh)
     longest = max(len(row) for row in rows)
     if longest == 1:

@@ -32,8 +32,8 @@ def load(
         The module: a pytree of parameters that knows its config.
 
     Raises:
-        ValueError: the folder or id is wrong; a tensor is missing, unused, misshapen or holds NaN or infinity; a file is
-            truncated; the model does not fit the mesh; the dtype is not supported. Each names the culprit.
+        ValueError: the folder or id is wrong; a tensor is missing, unused, misshapen or holds NaN or infinity; a file
+            is truncated; the model does not fit the mesh; the dtype is not supported. Each names the culprit.
     """
     check_dtype(dtype)
     mesh = resolve_mesh(mesh)
@@ -44,10 +44,10 @@ def load(
     shardings = parameter_shardings(state, mesh)
     with SafetensorsReader(folder) as reader:
         reader.check(tensor_shapes(config), tied_duplicates(config))
-        checked = _FiniteReader(reader)
+        rounding = _RoundingReader(reader, dtype)
 
         def parameter(path: Any, leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.Array:
-            return _read(config, parameter_path(path), leaf, sharding, checked)
+            return _read(config, parameter_path(path), leaf, sharding, rounding)
 
         loaded = jax.tree_util.tree_map_with_path(parameter, state, shardings)
     return nnx.merge(graphdef, loaded)
@@ -79,16 +79,20 @@ def parameter_shardings(state: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(sharding, state)
 
 
-class _FiniteReader:
-    """A reader that refuses NaN and infinity."""
+class _RoundingReader:
+    """A reader of a given dtype, which refuses NaN and infinity."""
 
-    def __init__(self, reader: SafetensorsReader):
-        self._reader = reader
+    def __init__(self, reader: SafetensorsReader, dtype: jax.typing.DTypeLike):
+        self._reader, self._dtype = reader, jnp.dtype(dtype)
 
     def read(self, name: str, *index: slice) -> np.ndarray:
-        array = self._reader.read(name, *index)
-        if not np.isfinite(array).all():
+        stored = self._reader.read(name, *index)
+        if not np.isfinite(stored).all():
             raise ValueError(f"tensor {name} holds NaN or infinity; the checkpoint is damaged")
+        with np.errstate(over="ignore"):  # raised in the next line, with the name
+            array = stored.astype(self._dtype, copy=False)
+        if array is not stored and not np.isfinite(array).all():
+            raise ValueError(f"tensor {name} overflows {self._dtype}; load it as float32")
         return array
 
 
@@ -97,20 +101,16 @@ def _read(
     path: ParameterPath,
     leaf: jax.ShapeDtypeStruct,
     sharding: NamedSharding,
-    reader: _FiniteReader,
+    reader: _RoundingReader,
 ) -> jax.Array:
     slices: dict[tuple[tuple[int, int], ...], np.ndarray] = {}  # replicas of a slice are read once
 
-    def callback(index: tuple[slice, ...]) -> np.ndarray:
+    def callback(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None  # only for arrays without a sharding
         bounds = tuple(s.indices(n)[:2] for s, n in zip(index, leaf.shape, strict=True))
         if bounds not in slices:
             part = read_parameter(config, path, tuple(slice(*b) for b in bounds), reader)
-            narrow = np.ascontiguousarray(part).astype(leaf.dtype)
-            if not np.isfinite(narrow).all():
-                raise ValueError(
-                    f"parameter {'.'.join(map(str, path))} overflows {leaf.dtype}; load it as float32"
-                )
-            slices[bounds] = narrow
+            slices[bounds] = np.ascontiguousarray(part)
         return slices[bounds]
 
     return jax.make_array_from_callback(leaf.shape, sharding, callback, dtype=leaf.dtype)
@@ -125,13 +125,14 @@ def _local_folder(path_or_hub_id: str | Path) -> Path:
     name = str(path_or_hub_id)
     if folder.is_absolute() or name.startswith(".") or name.count("/") != 1:
         raise ValueError(f"{name} is no folder here, and no hub id either (those read 'owner/name')")
+    from httpx import HTTPError  # the hub client's: some connection errors reach us as they are
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError
 
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except (HTTPError, HFValidationError, OSError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
             f"{name} is no folder here and cannot be downloaded from the hub: {reason}"
         ) from None

@@ -22,21 +22,19 @@ class SafetensorsReader:
         """Opens the folder's safetensors files.
 
         Raises:
-            ValueError: no safetensors there, or a file that is missing, truncated or damaged.
+            ValueError: no safetensors there, a file that is missing, truncated or damaged, or one that holds other
+                tensors than the index says.
         """
         self._folder = Path(folder)
         self._open: list[Any] = []
         self._tensors: dict[str, Any] = {}  # name -> the open file that holds it
         try:
-            for name, expected in _files(self._folder).items():
+            for name, placed in _files(self._folder).items():
                 handle = _open_file(self._folder / name)
                 self._open.append(handle)
-                found = list(handle.keys())
-                missing = sorted(set(expected or ()) - set(found))
-                if missing:
-                    raise ValueError(
-                        f"{self._folder / name} lacks the tensor {missing[0]} that {_INDEX} places there"
-                    )
+                found = set(handle.keys())
+                if placed is not None:
+                    _check_placement(self._folder / name, found, placed)
                 self._tensors.update(dict.fromkeys(found, handle))
         except BaseException:
             self.close()
@@ -55,21 +53,25 @@ class SafetensorsReader:
         for name, shape in expected.items():
             if name not in self._tensors:
                 raise ValueError(f"{self._folder} lacks the tensor {name} of shape {shape}")
-            entry = self._tensors[name].get_slice(name)
-            if tuple(entry.get_shape()) != tuple(shape):
-                raise ValueError(
-                    f"tensor {name} has shape {tuple(entry.get_shape())}; config.json asks for {shape}"
-                )
-            if entry.get_dtype() not in _DTYPES:
-                raise ValueError(f"tensor {name} is {entry.get_dtype()}; supported are {', '.join(_DTYPES)}")
+            self._check_tensor(name, shape)
         for name in sorted(set(self._tensors) - set(expected)):
             if name not in allowed:
                 raise ValueError(f"{self._folder} holds the tensor {name}, which the model does not use")
-            if not np.array_equal(_bits(self.read(name)), _bits(self.read(allowed[name]))):
+            twin = allowed[name]
+            self._check_tensor(name, expected[twin])
+            if not np.array_equal(_bits(self.read(name)), _bits(self.read(twin))):
                 raise ValueError(
-                    f"config.json ties {name} to {allowed[name]}, but the checkpoint's {name} differs from it; "
+                    f"config.json ties {name} to {twin}, but the checkpoint's {name} differs from it; "
                     "set tie_word_embeddings to false in config.json, or remove the tensor"
                 )
+
+    def _check_tensor(self, name: str, shape: tuple[int, ...]) -> None:
+        entry = self._tensors[name].get_slice(name)
+        found = tuple(entry.get_shape())
+        if found != tuple(shape):
+            raise ValueError(f"tensor {name} has shape {found}; config.json asks for {shape}")
+        if entry.get_dtype() not in _DTYPES:
+            raise ValueError(f"tensor {name} is {entry.get_dtype()}; supported are {', '.join(_DTYPES)}")
 
     def read(self, name: str, *index: slice) -> np.ndarray:
         """A slice of a tensor in its stored dtype; the whole tensor without an index."""
@@ -94,35 +96,44 @@ class SafetensorsReader:
         self.close()
 
 
-def _files(folder: Path) -> dict[str, list[str] | None]:
+def _files(folder: Path) -> Mapping[str, set[str] | None]:
     """File name -> the tensors it must hold, None where no index says."""
-    index = folder / _INDEX
+    index, single = folder / _INDEX, folder / _SINGLE
     if index.is_file():
-        try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            files: dict[str, list[str] | None] = {}
-            for tensor, name in weight_map.items():
-                held = files.setdefault(name, [])
-                assert held is not None
-                held.append(tensor)
-        except (
-            OSError,
-            UnicodeDecodeError,
-            json.JSONDecodeError,
-            KeyError,
-            TypeError,
-            AttributeError,
-        ) as error:
-            raise ValueError(f"{index} is no safetensors index: {error!r}") from None
-        for name in files:
-            if Path(name).name != name:
-                raise ValueError(f"{index} names the file {name!r} outside its folder")
+        files = _indexed_files(index)
+        if single.is_file() and _SINGLE not in files:
+            raise ValueError(
+                f"{folder} holds {_SINGLE}, and {_INDEX} that does not name it; remove one of them"
+            )
         return files
-    if (folder / _SINGLE).is_file():
+    if single.is_file():
         return {_SINGLE: None}
     raise ValueError(
         f"{folder} holds neither {_SINGLE} nor {_INDEX}; is it a Hugging Face checkpoint folder?"
     )
+
+
+def _indexed_files(index: Path) -> dict[str, set[str] | None]:
+    try:
+        placements = json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is no safetensors index: {error!r}") from None
+    files: dict[str, set[str]] = {}
+    for tensor, name in placements:
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise ValueError(
+                f"{index} places {tensor} in {name!r}, which is no safetensors file of its folder"
+            )
+        files.setdefault(name, set()).add(tensor)
+    return {**files}
+
+
+def _check_placement(path: Path, found: set[str], placed: set[str]) -> None:
+    """Raises unless a file holds what the index says: a tensor of that name in another file may differ."""
+    if placed - found:
+        raise ValueError(f"{path} lacks the tensor {min(placed - found)} that {_INDEX} places there")
+    if found - placed:
+        raise ValueError(f"{path} holds the tensor {min(found - placed)} that {_INDEX} does not place there")
 
 
 def _open_file(path: Path) -> Any:

@@ -1,13 +1,13 @@
 """Sampling whose noise comes from (request seed, position, vocabulary id) alone."""
 
 import dataclasses
-import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .pallas_kernels.common.rounding import exp, log, mul
+from .pallas_kernels.common.rounding import div, exp, log, mul
 from .pallas_kernels.common.tree import tree_sum
 
 
@@ -16,7 +16,7 @@ class SamplingParams:
     """How the tokens of a prompt are chosen.
 
     Attributes:
-        temperature: 0 takes the most probable token; above 0 divides the logits before sampling.
+        temperature: 0 takes the most probable token; 1e-20 .. 1e20 divides the logits before sampling.
         top_k: keep the k most probable tokens; None keeps all.
         top_p: then keep the smallest set of most probable tokens whose probability reaches p; None keeps all.
         seed: 0 .. 2**64 - 1. The noise of a token depends on (seed, position, vocabulary id) alone, so equal prompts
@@ -29,13 +29,13 @@ class SamplingParams:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.temperature, int | float | np.floating) and 0 <= self.temperature < math.inf):
-            raise ValueError(f"temperature={self.temperature} must be finite and at least 0 (0 is greedy)")
+        if not (_number(self.temperature) and (self.temperature == 0 or 1e-20 <= self.temperature <= 1e20)):
+            raise ValueError(f"temperature={self.temperature} must be 0 (greedy) or from 1e-20 to 1e20")
         if self.top_k is not None and not (_whole(self.top_k) and self.top_k >= 1):
             raise ValueError(
                 f"top_k={self.top_k} must be a whole number of at least 1, or None for all tokens"
             )
-        if self.top_p is not None and not 0 < self.top_p <= 1:
+        if self.top_p is not None and not (_number(self.top_p) and 0 < self.top_p <= 1):
             raise ValueError(f"top_p={self.top_p} must be in (0, 1], or None for all tokens")
         if not (_whole(self.seed) and 0 <= self.seed < 2**64):
             raise ValueError(f"seed={self.seed} must be a whole number in 0 .. 2**64 - 1")
@@ -65,9 +65,9 @@ class SamplingArrays:
 
 
 def sampling_arrays(params: list[SamplingParams], vocab_size: int) -> SamplingArrays:
-    """Host arrays for a batch."""
+    """Host (numpy) arrays for a batch; `jax.device_put` places them."""
     seeds = [int(p.seed) for p in params]
-    return SamplingArrays(
+    arrays: dict[str, Any] = dict(
         temperature=np.asarray([p.temperature for p in params], np.float32),
         top_k=np.asarray(
             [vocab_size if p.top_k is None else min(p.top_k, vocab_size) for p in params], np.int32
@@ -75,6 +75,7 @@ def sampling_arrays(params: list[SamplingParams], vocab_size: int) -> SamplingAr
         top_p=np.asarray([2.0 if p.top_p is None or p.top_p >= 1 else p.top_p for p in params], np.float32),
         key=np.asarray([[seed >> 32, seed & 0xFFFFFFFF] for seed in seeds], np.uint32),
     )
+    return SamplingArrays(**arrays)
 
 
 def sample(logits: jax.Array, positions: jax.Array, params: SamplingArrays, *, filtered: bool) -> jax.Array:
@@ -90,7 +91,7 @@ def sample(logits: jax.Array, positions: jax.Array, params: SamplingArrays, *, f
         int32 [B]. Ties go to the lowest vocabulary id.
     """
     hot = params.temperature > 0
-    scaled = logits / jnp.where(hot, params.temperature, 1)[:, None]
+    scaled = div(logits, jnp.where(hot, params.temperature, 1)[:, None])
     noisy = scaled + gumbel_noise(params.key, positions, logits.shape[1])
     if filtered:
         noisy = jnp.where(_kept(scaled, params), noisy, -jnp.inf)
@@ -115,6 +116,10 @@ def gumbel_noise(key: jax.Array, positions: jax.Array, vocab_size: int) -> jax.A
     bits = jax.vmap(row)(key, positions.astype(jnp.uint32))
     uniform = ((bits >> 9).astype(jnp.float32) + np.float32(0.5)) * np.float32(2.0**-23)  # exact: 24 bits
     return -log(-log(uniform))
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
 
 
 def _whole(value: object) -> bool:

@@ -27,7 +27,6 @@ from .pallas_kernels.common.backend import device_backend
 from .sampling import SamplingArrays, sample
 
 NUMERICS = ("invariant", "plain")
-_ROWS = P(BATCH_AXES)
 
 
 class Decoded(NamedTuple):
@@ -70,8 +69,14 @@ class Engine:
     parameters: list[jax.Array]
 
     @classmethod
-    def create(cls, model: Qwen3, mesh: Mesh, numerics: str) -> "Engine":
+    def create(cls, model: Qwen3, mesh: Mesh, numerics: str, scan_layers: bool | None = None) -> "Engine":
         """Puts the parameters on `mesh` (nothing moves if they are there) and finds or builds the steps.
+
+        Args:
+            model: its parameters, on any devices.
+            mesh: with all of the axes.
+            numerics: one of `NUMERICS`.
+            scan_layers: run the layers as a scan over one compiled layer; None does so on the CPU.
 
         Raises:
             ValueError: the model does not fit the mesh, or the numerics are unknown.
@@ -88,7 +93,11 @@ class Engine:
             if axis == "fsdp"
         }
         parallel = Parallel(numerics=make_numerics(numerics, mesh), fsdp_dims=tuple(sorted(fsdp_dims)))
-        return cls(_steps(graphdef, treedef, specs, model.config, model.dtype, mesh, parallel), leaves)
+        if scan_layers is None:
+            scan_layers = mesh.devices.flat[0].platform == "cpu"
+        return cls(
+            _steps(graphdef, treedef, specs, model.config, model.dtype, mesh, parallel, scan_layers), leaves
+        )
 
 
 @functools.lru_cache(maxsize=64)
@@ -108,13 +117,14 @@ class Steps:
         dtype: jnp.dtype,
         mesh: Mesh,
         parallel: Parallel,
+        scan_layers: bool,
     ):
         self._graphdef, self._treedef, self._specs = graphdef, treedef, specs
         self._config, self._dtype, self.mesh, self._parallel = config, dtype, mesh, parallel
-        # On the CPU a step of many layers compiles for long: there it scans over one layer.
-        self.scan_layers = mesh.devices.flat[0].platform == "cpu"
+        self.scan_layers = scan_layers
         caches = cache_spec(config, stacked=self.scan_layers)
-        rows, scalar, tables = _ROWS, P(), (P(), P())
+        rows: Any = P(BATCH_AXES)  # specs stand where arrays will
+        scalar, tables = P(), (P(), P())
         self.prefill = self._jit(self._prefill, (caches, rows, rows, scalar, tables), caches, donate=1)
         sampling = SamplingArrays(temperature=rows, top_k=rows, top_p=rows, key=rows)
         decode_in = (caches, rows, rows, scalar, sampling, P(), tables)

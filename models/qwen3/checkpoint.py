@@ -15,8 +15,12 @@ class TensorReader(Protocol):
     """Reads slices of a checkpoint's tensors."""
 
     def read(self, name: str, *index: slice) -> np.ndarray:
-        """The slice of tensor `name`, in the checkpoint's dtype."""
+        """The slice of tensor `name`; all tensors in one dtype."""
         ...
+
+
+#: From config, prefix of the tensors' names, index and reader.
+_Reading = Callable[[Qwen3Config, str, Index, TensorReader], np.ndarray]
 
 
 def tensor_shapes(config: Qwen3Config) -> dict[str, tuple[int, ...]]:
@@ -45,7 +49,7 @@ def tensor_shapes(config: Qwen3Config) -> dict[str, tuple[int, ...]]:
 
 
 def tied_duplicates(config: Qwen3Config) -> dict[str, str]:
-    """Tensors that a checkpoint may hold although another one makes them redundant: name -> the tensor they must equal."""
+    """Tensors that a checkpoint may hold although another makes them redundant: name -> the tensor they must equal."""
     return {"lm_head.weight": "model.embed_tokens.weight"} if config.tie_word_embeddings else {}
 
 
@@ -63,19 +67,19 @@ def read_parameter(
     Raises:
         ValueError: the path is no parameter of the model.
     """
-    prefix = f"model.layers.{path[1]}." if path[0] == "layers" else ""
-    key = ".".join(str(part) for part in (path[2:] if prefix else path))
-    try:
-        return _PARAMETERS[key](config, prefix, index, reader)
-    except KeyError:
-        raise ValueError(f"{'.'.join(map(str, path))} is no parameter of Qwen3") from None
+    in_layer = path[0] == "layers" and len(path) > 2
+    prefix, table = (f"model.layers.{path[1]}.", _LAYER) if in_layer else ("", _OUTSIDE)
+    key = ".".join(map(str, path[2:] if in_layer else path))
+    if key not in table:
+        raise ValueError(f"{'.'.join(map(str, path))} is no parameter of Qwen3")
+    return table[key](config, prefix, index, reader)
 
 
-def _vector(name: str) -> Callable[[Qwen3Config, str, Index, TensorReader], np.ndarray]:
+def _as_stored(name: str) -> _Reading:
     return lambda config, prefix, index, reader: reader.read(f"{prefix}{name}.weight", *index)
 
 
-def _transposed(name: str) -> Callable[[Qwen3Config, str, Index, TensorReader], np.ndarray]:
+def _transposed(name: str) -> _Reading:
     return lambda config, prefix, index, reader: reader.read(f"{prefix}{name}.weight", index[1], index[0]).T
 
 
@@ -103,14 +107,16 @@ def _gate_up(config: Qwen3Config, prefix: str, index: Index, reader: TensorReade
     return np.stack([reader.read(f"{prefix}mlp.{name}_proj.weight", f, d).T for name in names], axis=1)
 
 
-_PARAMETERS: Mapping[str, Callable[[Qwen3Config, str, Index, TensorReader], np.ndarray]] = {
-    "embedding_vd": _vector("model.embed_tokens"),
-    "final_norm.scale_d": _vector("model.norm"),
+_OUTSIDE: Mapping[str, _Reading] = {
+    "embedding_vd": _as_stored("model.embed_tokens"),
+    "final_norm.scale_d": _as_stored("model.norm"),
     "lm_head_weight_dv": _transposed("lm_head"),
-    "input_norm.scale_d": _vector("input_layernorm"),
-    "post_attention_norm.scale_d": _vector("post_attention_layernorm"),
-    "attention.q_norm.scale_d": _vector("self_attn.q_norm"),
-    "attention.k_norm.scale_d": _vector("self_attn.k_norm"),
+}
+_LAYER: Mapping[str, _Reading] = {
+    "input_norm.scale_d": _as_stored("input_layernorm"),
+    "post_attention_norm.scale_d": _as_stored("post_attention_layernorm"),
+    "attention.q_norm.scale_d": _as_stored("self_attn.q_norm"),
+    "attention.k_norm.scale_d": _as_stored("self_attn.k_norm"),
     "attention.qkv_weight_dkgh": _qkv,
     "attention.o_weight_kqhd": _o,
     "mlp.gate_up_weight_dcf": _gate_up,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,6 @@ class Qwen3Config:
     rms_norm_eps: float
     rope_theta: float
     tie_word_embeddings: bool
-    bos_token_id: int | None = None
     eos_token_id: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -50,7 +50,7 @@ class Qwen3Config:
             "max_position_embeddings",
         ):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not _is_whole(value) or value < 1:
                 raise ValueError(f"config field {name}={value!r} must be a whole number of at least 1")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
@@ -59,10 +59,16 @@ class Qwen3Config:
             )
         if self.head_dim % 16:
             raise ValueError(f"head_dim={self.head_dim} must be a multiple of 16")
-        if not self.rms_norm_eps > 0 or not self.rope_theta > 0:
-            raise ValueError(
-                f"rms_norm_eps={self.rms_norm_eps} and rope_theta={self.rope_theta} must be positive"
-            )
+        for name in ("rms_norm_eps", "rope_theta"):
+            value = getattr(self, name)
+            number = _is_whole(value) or isinstance(value, float)
+            if not number or not 0 < value < math.inf:
+                raise ValueError(f"config field {name}={value!r} must be a positive number")
+        if not isinstance(self.tie_word_embeddings, bool):
+            raise ValueError(f"tie_word_embeddings={self.tie_word_embeddings!r} must be true or false")
+        for token in self.eos_token_id:
+            if not _is_whole(token):
+                raise ValueError(f"eos_token_id={token!r} must be a whole number")
 
     @property
     def queries_per_kv(self) -> int:
@@ -83,8 +89,11 @@ class Qwen3Config:
         if raw.get("hidden_act", "silu") != "silu":
             raise ValueError(f"hidden_act={raw['hidden_act']!r} is not implemented; Qwen3 uses 'silu'")
         rope = raw.get("rope_parameters") or {}
-        if rope.get("rope_type", "default") != "default":
-            raise ValueError(f"rope_type={rope['rope_type']!r} is not implemented; only 'default' is")
+        if not isinstance(rope, dict):
+            raise ValueError(f"config field rope_parameters={rope!r} must be an object")
+        rope_type = rope.get("rope_type", rope.get("type", "default"))  # "type" is the old name
+        if rope_type != "default":
+            raise ValueError(f"rope_type={rope_type!r} is not implemented; only 'default' is")
         for name, off in _MUST_BE_OFF.items():
             if raw.get(name) not in off:
                 raise ValueError(f"config field {name}={raw[name]!r} is not implemented; it must be {off[0]}")
@@ -98,11 +107,8 @@ class Qwen3Config:
                 values[field.name] = raw[field.name]
             elif field.default is dataclasses.MISSING:
                 raise ValueError(f"config.json lacks the field {field.name}")
-        for name in ("rope_theta", "rms_norm_eps"):
-            if not isinstance(values.get(name, 1.0), int | float):
-                raise ValueError(f"config field {name}={values[name]!r} must be a number")
-        eos = values.get("eos_token_id", ())
-        values["eos_token_id"] = (eos,) if isinstance(eos, int) else tuple(eos)
+        eos = values.get("eos_token_id", [])
+        values["eos_token_id"] = tuple(eos) if isinstance(eos, list) else (eos,)
         return cls(**values)
 
     @classmethod
@@ -124,3 +130,7 @@ class Qwen3Config:
         if not isinstance(raw, dict):
             raise ValueError(f"{path} does not hold a JSON object")
         return cls.from_dict(raw)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -198,7 +198,7 @@ class Qwen3(nnx.Module):
         """
         x = vocab_embedding(batch.tokens, parallel.weight("embedding_vd", self.embedding_vd[...]))
         outputs = [x]
-        if stacked is None:
+        if isinstance(cache, tuple):
             layer_caches = []
             for layer, layer_cache in zip(self.layers, cache, strict=True):
                 x, layer_cache = layer(x, batch, layer_cache, parallel)
@@ -207,7 +207,7 @@ class Qwen3(nnx.Module):
             cache = tuple(layer_caches)
         else:
 
-            def step(x: jax.Array, layer_and_cache: tuple[Any, LayerCache]) -> tuple[jax.Array, Any]:
+            def step(x: jax.Array, layer_and_cache: Any) -> tuple[jax.Array, Any]:
                 layer = nnx.merge(nnx.graphdef(self.layers[0]), layer_and_cache[0])
                 x, layer_cache = layer(x, batch, layer_and_cache[1], parallel)
                 return x, (layer_cache, None if taps is None else x)
@@ -261,13 +261,16 @@ def init_cache(
 
 def cache_spec(config: Qwen3Config, *, stacked: bool) -> Cache:
     """The `PartitionSpec`s of a cache, as a tree like it."""
-    if stacked:
-        spec = PartitionSpec(None, *CACHE_SPEC)
-        return LayerCache(spec, spec)
-    return tuple(LayerCache(CACHE_SPEC, CACHE_SPEC) for _ in range(config.num_hidden_layers))
+    spec: Any = PartitionSpec(None, *CACHE_SPEC) if stacked else CACHE_SPEC
+    each = LayerCache(spec, spec)
+    return each if stacked else (each,) * config.num_hidden_layers
 
 
 def check_dtype(dtype: jax.typing.DTypeLike) -> None:
     """Raises `ValueError` for a dtype that the numerics do not cover."""
-    if jnp.dtype(dtype).name not in ("bfloat16", "float16", "float32"):
-        raise ValueError(f"dtype {jnp.dtype(dtype).name} is not supported; use bfloat16, float16 or float32")
+    try:
+        name = jnp.dtype(dtype).name
+    except TypeError:
+        name = repr(dtype)
+    if name not in ("bfloat16", "float16", "float32"):
+        raise ValueError(f"dtype {name} is not supported; use bfloat16, float16 or float32")

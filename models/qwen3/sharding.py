@@ -6,6 +6,16 @@ from jax.sharding import Mesh, PartitionSpec
 
 Axes = tuple[str | None, ...]
 
+#: The config field that sets the dimension which tp cuts.
+_CUT_OVER_TP = {
+    "embedding_vd": "vocab_size",
+    "qkv_weight_dkgh": "num_key_value_heads",
+    "o_weight_kqhd": "num_key_value_heads",
+    "gate_up_weight_dcf": "intermediate_size",
+    "down_weight_fd": "intermediate_size",
+    "lm_head_weight_dv": "vocab_size",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Qwen3Sharding:
@@ -40,10 +50,10 @@ class Qwen3Sharding:
         for dim, axis in enumerate(getattr(self, name)):
             divides = axis is None or shape[dim] % mesh.shape[axis] == 0
             if axis == "tp" and not divides:
-                possible = ", ".join(str(t) for t in (1, 2, 4, 8) if shape[dim] % t == 0)
+                possible = [str(t) for t in (1, 2, 4, 8) if shape[dim] % t == 0]
                 raise ValueError(
-                    f"{name} {shape}: dimension {dim} of size {shape[dim]} cannot be cut over tp={mesh.shape['tp']}; "
-                    f"use tp={possible}"
+                    f"{_CUT_OVER_TP[name]}={shape[dim]} cannot be cut over tp={mesh.shape['tp']} ({name} {shape}); "
+                    f"use tp={' or '.join(possible)}"
                 )
             axes.append(axis if divides else None)
         return PartitionSpec(*axes)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ..common.rounding import exp, mul, pin, round_to
+from ..common.rounding import div, exp, mul, pin, round_to
 from .plan import AttentionPlan
 
 _STEP = 16
@@ -52,7 +52,7 @@ def attention_reference(
             _split(grouped, keys, values, positions, first, jnp.clip(needed, first, last), plan, scale)
         )
     joint = _join(partials, positions, plan)
-    out = joint.values / joint.total[..., None]
+    out = div(joint.values, joint.total[..., None])
     return round_to(out, q.dtype).transpose(0, 3, 1, 2, 4).reshape(b, t, heads, h)
 
 

@@ -39,20 +39,31 @@ _LOG_COEFFICIENTS = tuple(
     )
 )
 _SQRT_HALF = np.float32(0.70710678118654752440)
+_SPARE_NAN = np.int32(0x7FEDCBA9)  # a NaN that no operation makes
 
 
 def pin(x: jax.Array) -> jax.Array:
-    """Returns `x` unchanged, as a value that a later add cannot absorb into a fused multiply-add.
+    """Returns fp32 `x` unchanged, as a value that a later add cannot absorb into a fused multiply-add.
 
-    The select is the identity (NaN becomes the canonical NaN), costs one blend, and stands between the product and the
-    add in the generated code. `tests/pallas_kernels/common/test_rounding.py` watches that it still does.
+    The select is the identity (one NaN becomes the canonical NaN), costs one blend, and stands between the product and
+    the add in the generated code. It compares bits: LLVM proves of some products that `x == x` always holds and drops
+    the select with the comparison. `tests/pallas_kernels/common/test_rounding.py` watches that it still does its work.
     """
-    return jnp.where(x == x, x, jnp.asarray(jnp.nan, x.dtype))
+    return jnp.where(lax.bitcast_convert_type(x, jnp.int32) != _SPARE_NAN, x, np.float32(np.nan))
 
 
-def mul(a: jax.Array, b: jax.Array | np.generic) -> jax.Array:
+def mul(a: jax.Array, b: jax.Array | np.float32) -> jax.Array:
     """The fp32 product of `a` and `b`, rounded by itself."""
     return pin(a * b)
+
+
+def div(a: jax.Array, b: jax.Array | np.float32) -> jax.Array:
+    """The fp32 quotient of `a` and `b`, which broadcasts to a's shape, rounded once.
+
+    XLA turns a division by a broadcast value into a product with its reciprocal, which rounds twice; the barrier hides
+    the broadcast.
+    """
+    return a / lax.optimization_barrier(jnp.broadcast_to(b, a.shape))
 
 
 def round_to(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:

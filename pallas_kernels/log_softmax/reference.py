@@ -18,5 +18,5 @@ def exp_sum_reference(x: jax.Array, row_max: jax.Array, *, leaves: int) -> jax.A
         float32 [...].
     """
     terms = exp(x - row_max[..., None])
-    size = x.shape[-1] // leaves
-    return tree_join([tree_sum(terms[..., i * size : (i + 1) * size]) for i in range(leaves)])
+    sums = tree_sum(terms.reshape(*x.shape[:-1], leaves, x.shape[-1] // leaves))
+    return tree_join([sums[..., i] for i in range(leaves)])

@@ -37,5 +37,7 @@ def tree_matmul_reference(
             acc = acc + (product if exact_products else pin(product))
         return acc
 
-    acc = lax.fori_loop(0, size // _STEP, step, jnp.zeros((leaves, m, n), jnp.float32))
+    # Behind a barrier: in a loop of one iteration XLA would drop the add of zero, and with it the sign of a zero sum.
+    zero = lax.optimization_barrier(jnp.zeros((leaves, m, n), jnp.float32))
+    acc = lax.fori_loop(0, size // _STEP, step, zero)
     return round_to(tree_join(list(acc)), out_dtype)

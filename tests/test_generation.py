@@ -1,0 +1,246 @@
+"""The main promise: one prompt, the same bits on every mesh, in every batch, with every chunking and sampling."""
+
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+import tbik_jax
+from tbik_jax import SamplingParams, generate, make_mesh, score
+from tests.helpers import assert_same_bits, differing
+from tests.models_small import CONFIG, prompts, small_model
+
+NEW = 10
+PROMPTS = prompts()
+#: Greedy, tempered, and filtered rows in one batch.
+SAMPLING = [
+    SamplingParams(),
+    SamplingParams(temperature=0.7, seed=1),
+    SamplingParams(temperature=1.0, top_k=5, seed=2),
+    SamplingParams(temperature=1.2, top_p=0.8, seed=3),
+    SamplingParams(temperature=0.9, top_k=20, top_p=0.9, seed=2**40 + 4),
+    SamplingParams(),
+]
+MESHES = {
+    "tp=2": {"tp": 2},
+    "tp=4": {"tp": 4},
+    "tp=8": {"tp": 8},
+    "data=3 (3 devices)": {"data": 3},
+    "data=5 (5 devices)": {"data": 5},
+    "data=3 tp=2 (6 devices)": {"data": 3, "tp": 2},
+    "data=7 (7 devices)": {"data": 7},
+    "fsdp=3": {"fsdp": 3},
+    "fsdp=2 tp=2": {"fsdp": 2, "tp": 2},
+    "data=2 fsdp=2 tp=2": {"data": 2, "fsdp": 2, "tp": 2},
+}
+
+
+#: bfloat16 roundings hide most changes of the last fp32 bit; in float32 a wrong order shows at once.
+SENSITIVE = jnp.float32
+
+
+@pytest.fixture(scope="module")
+def model():
+    return small_model(SENSITIVE)
+
+
+@pytest.fixture(scope="module")
+def expected(model):
+    """One device, one batch."""
+    return generate(model, PROMPTS, mesh=make_mesh(), max_new_tokens=NEW, sampling=SAMPLING)
+
+
+def _take(out, indices):
+    return [out.tokens[i] for i in indices], [out.logprobs[i] for i in indices]
+
+
+def _sequences(out):
+    return [prompt + tokens.tolist() for prompt, tokens in zip(PROMPTS, out.tokens, strict=True)]
+
+
+def _assert_score_equals(scores, out):
+    for prompt, row, logprobs in zip(PROMPTS, scores, out.logprobs, strict=True):
+        assert_same_bits(row[len(prompt) - 1 :], logprobs)
+
+
+@pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES.keys())
+def test_every_mesh_gives_the_same_bits(model, expected, sizes):
+    mesh = make_mesh(**sizes)
+    out = generate(model, PROMPTS, mesh=mesh, max_new_tokens=NEW, sampling=SAMPLING)
+    assert_same_bits((out.tokens, out.logprobs), (expected.tokens, expected.logprobs))
+
+
+@pytest.mark.parametrize("name", ["tp=8", "fsdp=3", "data=2 fsdp=2 tp=2"])
+def test_score_gives_generates_bits_on_every_mesh(model, expected, name):
+    scores = score(model, _sequences(expected), mesh=make_mesh(**MESHES[name]))
+    _assert_score_equals(scores, expected)
+
+
+def test_every_device_count_has_a_mesh():
+    counts = {int(np.prod(list(sizes.values()))) for sizes in MESHES.values()} | {1}
+    assert counts == set(range(1, 9))
+
+
+def test_plain_numerics_give_other_bits(model, expected):
+    plain = [
+        generate(
+            model, PROMPTS, mesh=make_mesh(tp=tp), max_new_tokens=NEW, sampling=SAMPLING, numerics="plain"
+        )
+        for tp in (1, 8)
+    ]
+    assert tbik_jax.fingerprint(plain[0].logprobs) != tbik_jax.fingerprint(plain[1].logprobs)
+    # and yet it is the same model: the first token's probability is close
+    for a, b in zip(plain[0].logprobs, expected.logprobs, strict=True):
+        assert abs(float(a[0]) - float(b[0])) < 1e-4
+
+
+def test_plain_score_misses_generates_bits_on_another_mesh(model, expected):
+    plain = generate(
+        model, PROMPTS, mesh=make_mesh(), max_new_tokens=NEW, sampling=SAMPLING, numerics="plain"
+    )
+    scores = score(model, _sequences(plain), mesh=make_mesh(tp=8), numerics="plain")
+    rows = [row[len(p) - 1 :] for p, row in zip(PROMPTS, scores, strict=True)]
+    assert sum(differing(a, b) for a, b in zip(rows, plain.logprobs, strict=True)) > 0
+
+
+def test_a_users_mesh_in_another_order(model, expected):
+    devices = np.asarray(jax.devices()[:4])[::-1].reshape(2, 2)  # tp slowest, devices backwards
+    out = generate(model, PROMPTS, mesh=Mesh(devices, ("tp", "data")), max_new_tokens=NEW, sampling=SAMPLING)
+    assert_same_bits((out.tokens, out.logprobs), (expected.tokens, expected.logprobs))
+
+
+def test_the_ambient_mesh_is_used(model, expected):
+    with jax.set_mesh(make_mesh(tp=2)):
+        out = generate(model, PROMPTS, max_new_tokens=NEW, sampling=SAMPLING)
+    assert_same_bits((out.tokens, out.logprobs), (expected.tokens, expected.logprobs))
+
+
+@pytest.mark.parametrize("order", [[3], [0], [4, 1], [5, 4, 3, 2, 1, 0], [2, 2, 2]], ids=str)
+def test_the_batch_does_not_enter(model, expected, order):
+    out = generate(
+        model,
+        [PROMPTS[i] for i in order],
+        mesh=make_mesh(),
+        max_new_tokens=NEW,
+        sampling=[SAMPLING[i] for i in order],
+    )
+    assert_same_bits((out.tokens, out.logprobs), _take(expected, order))
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 7])
+def test_chunked_prefill_gives_the_same_bits(model, expected, chunk):
+    out = generate(
+        model, PROMPTS, mesh=make_mesh(tp=2), max_new_tokens=NEW, sampling=SAMPLING, prefill_chunk=chunk
+    )
+    assert_same_bits((out.tokens, out.logprobs), (expected.tokens, expected.logprobs))
+
+
+@pytest.mark.parametrize("chunk", [3, 16])
+def test_chunked_score_gives_the_same_bits(model, expected, chunk):
+    _assert_score_equals(score(model, _sequences(expected), mesh=make_mesh(tp=2), chunk=chunk), expected)
+
+
+def test_a_longer_cache_and_more_tokens_keep_the_first_ones(model, expected):
+    out = generate(model, PROMPTS, mesh=make_mesh(), max_new_tokens=100, sampling=SAMPLING)
+    firsts = [t[:NEW] for t in out.tokens], [p[:NEW] for p in out.logprobs]
+    assert_same_bits(firsts, (expected.tokens, expected.logprobs))
+    # past one block of the cache: still what score computes in one pass
+    sequences = [p + t.tolist() for p, t in zip(PROMPTS, out.tokens, strict=True)]
+    _assert_score_equals(score(model, sequences, mesh=make_mesh()), out)
+
+
+def test_layers_one_by_one_or_as_a_scan(model, expected):
+    out = generate(
+        model, PROMPTS, mesh=make_mesh(tp=2), max_new_tokens=NEW, sampling=SAMPLING, scan_layers=False
+    )
+    assert_same_bits((out.tokens, out.logprobs), (expected.tokens, expected.logprobs))
+
+
+def test_bfloat16_parameters():
+    model = small_model(jnp.bfloat16)
+    outs = [
+        generate(model, PROMPTS, mesh=make_mesh(**sizes), max_new_tokens=NEW, sampling=SAMPLING)
+        for sizes in ({}, {"data": 3, "tp": 2}, {"tp": 8})
+    ]
+    for out in outs[1:]:
+        assert_same_bits((out.tokens, out.logprobs), (outs[0].tokens, outs[0].logprobs))
+    _assert_score_equals(score(model, _sequences(outs[0]), mesh=make_mesh(tp=4)), outs[0])
+
+
+def test_a_fresh_process_gives_the_same_bits(expected):
+    code = (
+        "import jax; jax.config.update('jax_num_cpu_devices', 8)\n"
+        "import tbik_jax\n"
+        "from tests.models_small import small_model, prompts\n"
+        "from tests.test_generation import NEW, SAMPLING, SENSITIVE\n"
+        "out = tbik_jax.generate(small_model(SENSITIVE), prompts(), mesh=tbik_jax.make_mesh(tp=4),\n"
+        "                        max_new_tokens=NEW, sampling=SAMPLING)\n"
+        "print(tbik_jax.fingerprint([out.tokens, out.logprobs]))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-1] == tbik_jax.fingerprint([expected.tokens, expected.logprobs])
+
+
+def test_a_broken_tree_is_noticed(model, expected, monkeypatch):
+    """Twin of the mesh test: with `lax.psum` in place of the tree the bits differ."""
+    from tbik_jax import steps
+    from tbik_jax.layers import invariant
+
+    steps._steps.cache_clear()
+    monkeypatch.setattr(invariant, "tree_psum", jax.lax.psum)
+    out = generate(model, PROMPTS, mesh=make_mesh(tp=8), max_new_tokens=NEW, sampling=SAMPLING)
+    steps._steps.cache_clear()
+    assert tbik_jax.fingerprint(out.logprobs) != tbik_jax.fingerprint(expected.logprobs)
+
+
+def test_a_plan_that_follows_the_mesh_is_noticed(model, expected, monkeypatch):
+    """Twin of the mesh test: one leaf a rank, as an ordinary sharded matmul has it."""
+    from tbik_jax import steps
+    from tbik_jax.pallas_kernels.tree_matmul.plan import ContractionPlan
+
+    steps._steps.cache_clear()
+    monkeypatch.setattr(ContractionPlan, "local_leaves", lambda self, ranks: 1)
+    out = generate(model, PROMPTS, mesh=make_mesh(tp=2), max_new_tokens=NEW, sampling=SAMPLING)
+    steps._steps.cache_clear()
+    assert tbik_jax.fingerprint(out.logprobs) != tbik_jax.fingerprint(expected.logprobs)
+
+
+def test_an_end_token_stops_its_row(model, expected):
+    eos = int(expected.tokens[0][3])
+    out = generate(model, PROMPTS, mesh=make_mesh(tp=2), max_new_tokens=NEW, sampling=SAMPLING, eos_id=eos)
+    for tokens, logprobs, whole, whole_logprobs in zip(
+        out.tokens, out.logprobs, expected.tokens, expected.logprobs, strict=True
+    ):
+        hits = np.flatnonzero(whole == eos)
+        count = hits[0] + 1 if hits.size else NEW
+        assert_same_bits((tokens, logprobs), (whole[:count], whole_logprobs[:count]))
+    several = generate(
+        model, PROMPTS[:1], mesh=make_mesh(), max_new_tokens=NEW, eos_id=[eos, int(expected.tokens[0][1])]
+    )
+    assert len(several.tokens[0]) <= 2
+
+
+def test_one_seed_for_all_and_one_a_prompt(model):
+    same = [PROMPTS[0]] * 3
+    hot = SamplingParams(temperature=1.5, seed=5)
+    one = generate(model, same, mesh=make_mesh(data=3), max_new_tokens=NEW, sampling=hot)
+    assert_same_bits(one.tokens[1:], [one.tokens[0]] * 2)
+    each = [SamplingParams(temperature=1.5, seed=s) for s in (5, 6, 7)]
+    many = generate(model, same, mesh=make_mesh(data=3), max_new_tokens=NEW, sampling=each)
+    assert_same_bits(many.tokens[0], one.tokens[0])
+    assert len({t.tobytes() for t in many.tokens}) == 3
+
+
+def test_output_types(expected):
+    for tokens, logprobs in zip(expected.tokens, expected.logprobs, strict=True):
+        assert tokens.dtype == np.int32 and logprobs.dtype == np.float32
+        assert tokens.shape == logprobs.shape == (NEW,)
+        assert ((tokens >= 0) & (tokens < CONFIG.vocab_size)).all() and (logprobs <= 0).all()
+
+
+def test_score_of_a_single_token_is_empty(model):
+    assert [row.shape for row in score(model, [[3], [4]], mesh=make_mesh())] == [(0,), (0,)]

@@ -1,0 +1,85 @@
+"""Engaged: the compiled steps hold our collectives and no reduction that XLA may reorder."""
+
+import re
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tbik_jax import SamplingParams, make_mesh
+from tbik_jax.generation import _padded, _Run
+from tbik_jax.mesh import resolve_mesh
+from tbik_jax.sampling import sampling_arrays
+from tbik_jax.steps import Engine
+from tests.models_small import CONFIG, prompts, small_model
+
+FLOAT = r"(?:f16|bf16|f32|f64)\["
+
+
+def _programs(numerics: str, **sizes: int) -> dict[str, str]:
+    """Optimised HLO of each step."""
+    mesh = resolve_mesh(make_mesh(**sizes))
+    engine = Engine.create(small_model(), mesh, numerics)
+    batch = _padded([np.asarray(p, np.int32) for p in prompts((5, 3))], mesh)
+    run = _Run(engine, batch, 64, CONFIG)
+    steps, parameters, cache, tables = engine.steps, engine.parameters, run._cache, run._tables
+    tokens, lengths = run._put((batch.window(0, 16), batch.lengths))
+    sampling = run._put(
+        sampling_arrays([SamplingParams(temperature=1.0, top_k=3, top_p=0.5)] * batch.size, CONFIG.vocab_size)
+    )
+    last, eos = run._put(batch.last()), np.asarray([-1], np.int32)
+    lowered = {
+        "prefill": steps.prefill.lower(parameters, cache, tokens, lengths, jnp.int32(0), tables),
+        "decode": steps.decode(16, True).lower(
+            parameters, cache, last, lengths, jnp.int32(4), sampling, eos, tables
+        ),
+        "score": steps.score.lower(parameters, cache, tokens, tokens, lengths, jnp.int32(0), tables),
+    }
+    return {name: each.compile().as_text() for name, each in lowered.items()}
+
+
+def _ordered_by_xla(hlo: str) -> list[str]:
+    """Lines of a program whose order of adds XLA chose: float dots, float sums and products, float all-reduces."""
+    adds = set()
+    for name, body in re.findall(r"^%?([\w.\-]+)[^\n]*\{\n(.*?)^\}", hlo, re.M | re.S):
+        if re.search(rf"ROOT \S+ = {FLOAT}\]\S* (?:add|multiply)\(", body):
+            adds.add(name)
+    found = []
+    for line in hlo.splitlines():
+        if re.search(rf"= \(?{FLOAT}[^=]*? (?:dot|convolution|reduce-scatter|all-reduce)\(", line):
+            found.append(line)
+        if re.search(r" (?:reduce|reduce-window)\(", line) and re.search(rf"= \(?{FLOAT}", line):
+            region = re.search(r"to_apply=%?([\w.\-]+)", line)
+            if region and region.group(1) in adds:
+                found.append(line)
+        if "custom_call_target" in line and re.search(r"matmul|gemm|dot|onednn|cublas", line):
+            found.append(line)
+    return found
+
+
+@pytest.mark.parametrize("sizes", [{"tp": 4}, {"data": 2, "fsdp": 2, "tp": 2}], ids=str)
+def test_no_reduction_is_left_to_xla(sizes):
+    for name, hlo in _programs("invariant", **sizes).items():
+        assert "collective-permute" in hlo, name
+        assert _ordered_by_xla(hlo) == [], name
+
+
+def test_the_check_finds_them_in_plain_numerics():
+    for name, hlo in _programs("plain", tp=4).items():
+        lines = "\n".join(_ordered_by_xla(hlo))
+        assert "all-reduce" in lines, name
+        assert re.search(r"dot\(|matmul|reduce\(", lines), name
+        assert "collective-permute" not in hlo, name
+
+
+def test_the_cache_is_donated():
+    for name, hlo in _programs("invariant", tp=2).items():
+        assert "input_output_alias" in hlo, name
+
+
+def test_excess_precision_is_off():
+    mesh = resolve_mesh(make_mesh())
+    options = Engine.create(small_model(), mesh, "invariant").steps.prefill
+    # bfloat16 roundings are reduce-precision instructions, which no pass may drop
+    run_text = _programs("invariant", tp=1)["prefill"]
+    assert options is not None and "reduce-precision" in run_text
