@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from ..common.gradient import inference_only
 from .plan import AttentionPlan
 from .reference import attention_reference
 
@@ -53,6 +54,5 @@ def attention(
     missing = -k.shape[1] % plan.block
     if missing:  # zeros that no query sees
         k, v = (jnp.pad(a, ((0, 0), (0, missing), (0, 0), (0, 0))) for a in (k, v))
-    return attention_reference(
-        q, k, v, positions, plan=plan, scale=q.shape[3] ** -0.5 if scale is None else scale
-    )
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    return inference_only(attention_reference(q, k, v, positions, plan=plan, scale=scale), "attention")

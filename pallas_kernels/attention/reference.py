@@ -29,10 +29,10 @@ def attention_reference(
 
     For each query, with the keys at positions 0 .. position:
       1. a score is the fp32 sum of `q[h] * k[h]` in ascending h from +0.0, times fp32(scale), rounded;
-      2. a split starts from maximum -inf, total 0, values 0 and takes its blocks in ascending order: the maximum becomes
-         the larger of itself and the block's scores; weights are `exp(score - maximum)` rounded to v's dtype, 0 for keys
-         after the query; total and values are multiplied by `exp(old maximum - maximum)` and then add the weights, and
-         `weight * v`, key by key in ascending position;
+      2. a split starts from maximum -inf, total 0, values 0 and takes its blocks in ascending order: the maximum
+         becomes the larger of itself and the block's scores; weights are `exp(score - maximum)` rounded to v's dtype,
+         0 for keys after the query; total and values are multiplied by `exp(old maximum - maximum)` and then add the
+         weights, and `weight * v`, key by key in ascending position;
       3. splits meet in a balanced binary tree over split indices, neighbours first, each side times
          `exp(its maximum - joint maximum)`; a side without keys for the query leaves the other untouched;
       4. values / total, rounded to q's dtype once.

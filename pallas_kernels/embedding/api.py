@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from ..common.gradient import inference_only
 from .reference import embedding_reference
 
 
@@ -24,4 +25,4 @@ def embedding(ids: jax.Array, table: jax.Array, *, offset: jax.Array | int = 0) 
         raise ValueError(
             f"embedding takes integer ids and a table [V, D], not {ids.dtype} and shape {table.shape}"
         )
-    return embedding_reference(ids, table, offset=offset)
+    return inference_only(embedding_reference(ids, table, offset=offset), "embedding")

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from ..common.gradient import inference_only
 from ..common.rounding import log
 from .reference import exp_sum_reference
 
@@ -31,7 +32,7 @@ def exp_sum(x: jax.Array, row_max: jax.Array, *, leaves: int) -> jax.Array:
         raise ValueError(
             f"exp_sum takes float32 x [..., V] and row_max [...], not {x.dtype} {x.shape}, {row_max.shape}"
         )
-    return exp_sum_reference(x, row_max, leaves=leaves)
+    return inference_only(exp_sum_reference(x, row_max, leaves=leaves), "exp_sum")
 
 
 def log_softmax(x: jax.Array, *, leaves: int = 8) -> jax.Array:

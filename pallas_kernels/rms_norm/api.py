@@ -2,6 +2,7 @@
 
 import jax
 
+from ..common.gradient import inference_only
 from .reference import rms_norm_reference
 
 
@@ -23,4 +24,4 @@ def rms_norm(x: jax.Array, scale: jax.Array, *, eps: float) -> jax.Array:
         raise ValueError(f"rms_norm takes x [..., D] and scale [D], not shapes {x.shape} and {scale.shape}")
     if not eps > 0:
         raise ValueError(f"eps={eps} must be positive")
-    return rms_norm_reference(x, scale, eps=eps)
+    return inference_only(rms_norm_reference(x, scale, eps=eps), "rms_norm")

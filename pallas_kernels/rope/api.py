@@ -3,14 +3,15 @@
 import jax
 import numpy as np
 
+from ..common.gradient import inference_only
 from .reference import rope_reference
 
 
 def rope_tables(length: int, head_dim: int, theta: float) -> tuple[np.ndarray, np.ndarray]:
     """Cosines and sines for positions 0 .. length - 1.
 
-    Made on the host, so that they are data: no device's `cos` enters the bits. The angle is the fp32 product of position
-    and inverse frequency, as in Hugging Face's Qwen3; its cosine is taken in float64 and rounded to fp32.
+    Made on the host, so that they are data: no device's `cos` enters the bits. The angle is the fp32 product of
+    position and inverse frequency, as in Hugging Face's Qwen3; its cosine is taken in float64 and rounded to fp32.
 
     Args:
         length: number of positions.
@@ -50,4 +51,4 @@ def rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     expected = (*x.shape[:-2], x.shape[-1] // 2)
     if x.ndim < 2 or x.shape[-1] % 2 or cos.shape != expected or sin.shape != expected:
         raise ValueError(f"rope of x {x.shape} takes cos and sin {expected}, not {cos.shape} and {sin.shape}")
-    return rope_reference(x, cos, sin)
+    return inference_only(rope_reference(x, cos, sin), "rope")

@@ -9,7 +9,7 @@ from ..common.rounding import mul, round_to
 def rope_reference(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Rotates x [..., heads, H] by cos, sin [..., H/2] (fp32); halves [first, second] as in Hugging Face's Qwen3.
 
-    `first * cos - second * sin` and `second * cos + first * sin` in fp32, each product rounded, the result rounded once.
+    `first * cos - second * sin` and `second * cos + first * sin` in fp32, each product rounded, the sum rounded once.
     """
     half = x.shape[-1] // 2
     first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)

@@ -2,6 +2,7 @@
 
 import jax
 
+from ..common.gradient import inference_only
 from .reference import swiglu_reference
 
 
@@ -20,4 +21,4 @@ def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
     """
     if gate.shape != up.shape or gate.dtype != up.dtype:
         raise ValueError(f"gate {gate.shape} {gate.dtype} and up {up.shape} {up.dtype} must be alike")
-    return swiglu_reference(gate, up)
+    return inference_only(swiglu_reference(gate, up), "swiglu")

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from ..common.backend import resolve_backend
+from ..common.gradient import inference_only
 from .plan import check_leaves
 from .reference import tree_matmul_reference
 
@@ -23,7 +24,7 @@ def tree_matmul(
 
     K is cut into `leaves` equal slices, each one fp32 accumulation in ascending k; the slices meet in a balanced binary
     tree of fp32 adds, neighbours first; the sum is rounded to `out_dtype` once. A rank that holds K/t consecutive k's
-    and calls this with `leaves // t` and `out_dtype=jnp.float32` computes a complete subtree; `tree_psum` adds the rest.
+    and calls this with `leaves // t` and `out_dtype=jnp.float32` has a complete subtree; `tree_psum` adds the rest.
 
     Args:
         x: [..., K], bfloat16, float16 or float32.
@@ -55,7 +56,7 @@ def tree_matmul(
         out = tree_matmul_mosaic_gpu(rows, w, leaves=leaves, out_dtype=out_dtype, transpose_rhs=transpose_rhs)
     else:
         out = tree_matmul_reference(rows, w, leaves=leaves, out_dtype=out_dtype, transpose_rhs=transpose_rhs)
-    return out.reshape(*x.shape[:-1], n)
+    return inference_only(out.reshape(*x.shape[:-1], n), "tree_matmul")
 
 
 def _check(x: jax.Array, w: jax.Array, leaves: int, out_dtype: jnp.dtype, transpose_rhs: bool) -> None:

@@ -17,8 +17,8 @@ def tree_matmul_reference(
     """x [M, K] @ w [K, N] (w [N, K] with `transpose_rhs`) -> [M, N] in `out_dtype`.
 
     Leaf j starts from +0.0 and adds `x[:, k] * w[k, :]` for its k's in ascending order in fp32, each product rounded to
-    fp32 first (products of bfloat16 or float16 values are exact). The leaves meet in `tree_join`, and the sum is rounded
-    to `out_dtype` once. All leaves advance together, which changes nothing: they share no add.
+    fp32 first (products of bfloat16 or float16 values are exact). The leaves meet in `tree_join`, and the sum is
+    rounded to `out_dtype` once. All leaves advance together, which changes nothing: they share no add.
 
     The rank-1 updates are written out because `lax.dot_general` on the CPU changes its order with M and N.
     """
