@@ -15,7 +15,10 @@ _NEG_INF = np.float32(-np.inf)
 
 
 class _Partial(NamedTuple):
-    """Softmax over some of the keys: running maximum [b, k, g, t], sum of weights, weighted values [b, k, g, t, h]."""
+    """Softmax over some of the keys: running maximum [n, r], sum of weights [n, r], weighted values [n, r, h].
+
+    n counts (batch row, KV head), r counts (query head of that KV head, query).
+    """
 
     maximum: jax.Array
     total: jax.Array
@@ -40,20 +43,18 @@ def attention_reference(
     """
     b, t, heads, h = q.shape
     s, kv_heads = k.shape[1], k.shape[2]
-    grouped = q.reshape(b, t, kv_heads, heads // kv_heads, h).transpose(0, 2, 3, 1, 4).astype(jnp.float32)
-    keys, values = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # [b, k, s, h]
-    needed = (
-        jnp.max(positions) // plan.block + 1
-    )  # blocks past every query are skipped: they would change nothing
+    group = heads // kv_heads
+    rows = q.reshape(b, t, kv_heads, group, h).transpose(0, 2, 3, 1, 4).reshape(b * kv_heads, group * t, h)
+    keys, values = (a.transpose(0, 2, 1, 3).reshape(b * kv_heads, s, h) for a in (k, v))
+    at = jnp.broadcast_to(positions[:, None, None], (b, kv_heads, group, t)).reshape(b * kv_heads, group * t)
+    needed = jnp.max(positions) // plan.block + 1  # blocks past every query are skipped: they would change nothing
     partials = []
     for first in range(0, s // plan.block, plan.blocks_per_split):
-        last = min(first + plan.blocks_per_split, s // plan.block)
-        partials.append(
-            _split(grouped, keys, values, positions, first, jnp.clip(needed, first, last), plan, scale)
-        )
-    joint = _join(partials, positions, plan)
-    out = div(joint.values, joint.total[..., None])
-    return round_to(out, q.dtype).transpose(0, 3, 1, 2, 4).reshape(b, t, heads, h)
+        last = jnp.clip(needed, first, min(first + plan.blocks_per_split, s // plan.block))
+        partials.append(_split(rows.astype(jnp.float32), keys, values, at, first, last, plan, scale))
+    joint = _join(partials, at, plan)
+    out = round_to(div(joint.values, joint.total[..., None]), q.dtype)
+    return out.reshape(b, kv_heads, group, t, h).transpose(0, 3, 1, 2, 4).reshape(b, t, heads, h)
 
 
 def _split(
@@ -70,13 +71,11 @@ def _split(
 
     def step(index: jax.Array, old: _Partial) -> _Partial:
         start = index * plan.block
-        kb = lax.dynamic_slice_in_dim(k, start, plan.block, axis=2)
-        vb = lax.dynamic_slice_in_dim(v, start, plan.block, axis=2)
-        visible = (start + jnp.arange(plan.block) <= positions[..., None])[
-            :, None, None
-        ]  # [b, 1, 1, t, block]
+        kb = lax.dynamic_slice_in_dim(k, start, plan.block, axis=1)
+        vb = lax.dynamic_slice_in_dim(v, start, plan.block, axis=1)
+        visible = start + jnp.arange(plan.block) <= positions[..., None]  # [n, r, block]
         new = _online_step(old, _scores(q, kb, scale), vb, visible)
-        reached = (start <= positions)[:, None, None]  # [b, 1, 1, t]
+        reached = start <= positions
         return _Partial(
             jnp.where(reached, new.maximum, old.maximum),
             jnp.where(reached, new.total, old.total),
@@ -89,22 +88,21 @@ def _split(
 
 
 def _scores(q: jax.Array, k: jax.Array, scale: float) -> jax.Array:
-    """Scaled scores [b, k, g, t, block] of q [b, k, g, t, h] and k [b, k, block, h], ascending h."""
-    b, kv_heads, g, t, h = q.shape
+    """Scaled scores [n, r, block] of q [n, r, h] and k [n, block, h], ascending h."""
 
     def step(i: jax.Array, acc: jax.Array) -> jax.Array:
-        qs = lax.dynamic_slice_in_dim(q, i * _STEP, _STEP, axis=4)
-        ks = lax.dynamic_slice_in_dim(k, i * _STEP, _STEP, axis=3).astype(jnp.float32)
+        qs = lax.dynamic_slice_in_dim(q, i * _STEP, _STEP, axis=2)
+        ks = lax.dynamic_slice_in_dim(k, i * _STEP, _STEP, axis=2).astype(jnp.float32)
         for j in range(_STEP):
-            acc = acc + _product(qs[..., j, None], ks[:, :, None, None, :, j], k.dtype)
+            acc = acc + _product(qs[:, :, j, None], ks[:, None, :, j], k.dtype)
         return acc
 
-    acc = lax.fori_loop(0, h // _STEP, step, jnp.zeros((b, kv_heads, g, t, k.shape[2]), jnp.float32))
-    return mul(acc, np.float32(scale))
+    acc = jnp.zeros((*q.shape[:2], k.shape[1]), jnp.float32)
+    return mul(lax.fori_loop(0, q.shape[2] // _STEP, step, acc), np.float32(scale))
 
 
 def _online_step(old: _Partial, scores: jax.Array, v: jax.Array, visible: jax.Array) -> _Partial:
-    """Takes a block of keys into a partial softmax; v [b, k, block, h]."""
+    """Takes a block of keys into a partial softmax; v [n, block, h]."""
     maximum = jnp.maximum(old.maximum, jnp.max(jnp.where(visible, scores, _NEG_INF), axis=-1))
     weights = jnp.where(visible, exp(scores - maximum[..., None]), 0)
     weights = round_to(weights, v.dtype).astype(jnp.float32)
@@ -112,15 +110,15 @@ def _online_step(old: _Partial, scores: jax.Array, v: jax.Array, visible: jax.Ar
 
     def step(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         total, values = carry
-        ps = lax.dynamic_slice_in_dim(weights, i * _STEP, _STEP, axis=4)
-        vs = lax.dynamic_slice_in_dim(v, i * _STEP, _STEP, axis=2).astype(jnp.float32)
+        ps = lax.dynamic_slice_in_dim(weights, i * _STEP, _STEP, axis=2)
+        vs = lax.dynamic_slice_in_dim(v, i * _STEP, _STEP, axis=1).astype(jnp.float32)
         for j in range(_STEP):
-            total = total + ps[..., j]
-            values = values + _product(ps[..., j, None], vs[:, :, None, None, j], v.dtype)
+            total = total + ps[:, :, j]
+            values = values + _product(ps[:, :, j, None], vs[:, None, j], v.dtype)
         return total, values
 
     start = mul(old.total, shrink), mul(old.values, shrink[..., None])
-    total, values = lax.fori_loop(0, v.shape[2] // _STEP, step, start)
+    total, values = lax.fori_loop(0, v.shape[1] // _STEP, step, start)
     return _Partial(maximum, total, values)
 
 
@@ -133,7 +131,7 @@ def _join(partials: list[_Partial], positions: jax.Array, plan: AttentionPlan) -
             if i + 1 == len(partials):
                 pairs.append(partials[i])
                 continue
-            reached = ((i + 1) * width <= positions)[:, None, None]
+            reached = (i + 1) * width <= positions
             pairs.append(_merge(partials[i], partials[i + 1], reached))
         partials, width = pairs, width * 2
     return partials[0]
