@@ -1,9 +1,9 @@
 """Float collectives in tree order, for use inside `jax.shard_map`.
 
-Ranks meet by recursive doubling: partner `rank ^ 1`, then `rank ^ 2`, then `rank ^ 4`, the lower rank's value on the
-left. That is the upper part of the binary tree whose lower part a rank adds up in its own `tree_matmul`. Everything
-is `ppermute`, which moves bits, and explicit fp32 adds. Each has its own VJP in the same order, because JAX's
-transposes of collectives insert reductions of unspecified order.
+Ranks meet by recursive doubling: partner `rank ^ 1`, then `rank ^ 2`, then `rank ^ 4`. That is the upper part of the
+binary tree whose lower part a rank adds up in its own `tree_matmul`. Everything is `ppermute`, which moves bits, and
+explicit fp32 adds. Each has its own VJP in the same order, because JAX's transposes of collectives insert reductions of
+unspecified order.
 """
 
 import functools
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from .pallas_kernels.common.rounding import round_to
@@ -32,9 +33,9 @@ def axis_tuple(axis_name: AxisName) -> tuple[str, ...]:
 def tree_psum(x: jax.Array, axis_name: AxisName) -> jax.Array:
     """Sums `x` over mesh axes in one binary tree, neighbours first; every rank gets the same bits.
 
-    The bits are those of `tree_join` over the ranks' values in rank order, whatever the axis' place in the mesh. For
-    several axes the rank order is lexicographic, first name slowest. The gradient is `tree_psum` of the cotangents,
-    as `lax.psum`'s is under `check_vma=False`.
+    The bits are those of `tree_join` over the ranks' values in rank order, whatever the axis' place in the mesh; NaN is
+    the canonical one. For several axes the rank order is lexicographic, first name slowest. The gradient is `tree_psum`
+    of the cotangents, as `lax.psum`'s is under `check_vma=False`.
 
     Args:
         x: float32, bfloat16 or float16 [...]; added in fp32 and rounded to x's dtype once, at the end.
@@ -137,17 +138,16 @@ def _exchange(x: jax.Array, axis: str, bit: int) -> jax.Array:
     return lax.ppermute(x, axis, [(rank, rank ^ (1 << bit)) for rank in range(lax.axis_size(axis))])
 
 
-def _add_in_rank_order(own: jax.Array, other: jax.Array, upper: jax.Array) -> jax.Array:
-    # x + y and y + x differ only in which NaN payload survives; the contract counts that too.
-    return jnp.where(upper, other, own) + jnp.where(upper, own, other)
+def _one_nan(x: jax.Array) -> jax.Array:
+    """`x` with every NaN the canonical one, as the two ranks of a pair may keep different payloads of x + y."""
+    return jnp.where(x == x, x, np.float32(np.nan))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _psum(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     for axis, bit in _levels(axes):
-        upper = (lax.axis_index(axis) >> bit) & 1 == 1
-        x = _add_in_rank_order(x, _exchange(x, axis, bit), upper)
-    return x
+        x = x + _exchange(x, axis, bit)  # commutative but for NaN
+    return _one_nan(x)
 
 
 _psum.defvjp(lambda x, axes: (_psum(x, axes), None), lambda axes, _, ct: (_psum(ct, axes),))
@@ -165,8 +165,8 @@ def _scatter(chunks: jax.Array, axes: tuple[str, ...]) -> jax.Array:
         pairs = chunks.reshape(chunks.shape[0] // 2, 2, *chunks.shape[1:])
         keep = lax.dynamic_index_in_dim(pairs, mine, axis=1, keepdims=False)
         give = lax.dynamic_index_in_dim(pairs, 1 - mine, axis=1, keepdims=False)
-        chunks = _add_in_rank_order(keep, _exchange(give, axis, bit), mine == 1)
-    return chunks[0]
+        chunks = keep + _exchange(give, axis, bit)
+    return _one_nan(chunks[0])
 
 
 _scatter.defvjp(

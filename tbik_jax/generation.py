@@ -2,11 +2,10 @@
 
 import dataclasses
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -15,7 +14,7 @@ from .mesh import BATCH_AXES, resolve_mesh
 from .models.qwen3 import Qwen3, Qwen3Config
 from .pallas_kernels.rope.api import rope_tables
 from .sampling import SamplingArrays, SamplingParams, sampling_arrays
-from .steps import Engine, table_arrays
+from .steps import Decoded, Engine
 
 NumericsName = Literal["invariant", "plain"]
 TokenIds = Sequence[int] | np.ndarray
@@ -88,14 +87,14 @@ def generate(
     chunk = min(chunk, _bucket(longest - 1)) if longest > 1 else 1
     starts = range(0, longest - 1, chunk)
     capacity = _round_up(max(longest + max_new_tokens, len(starts) * chunk), _BUCKET)
-    run = _Run(engine, batch, capacity, params.config)
-    for start in starts:  # every token but the last, which the decode loop takes
-        run.prefill(start, chunk, batch.lengths - 1)
     arrays = sampling_arrays(
         choices + [SamplingParams()] * (batch.size - len(rows)), params.config.vocab_size
     )
-    filtered = any(choice.filters for choice in choices)
-    return _output(run.decode(max_new_tokens, arrays, filtered, eos), rows)
+    run = _Run(engine, batch, capacity, params.config)
+    decode = run.decode(max_new_tokens, arrays, any(choice.filters for choice in choices), eos)
+    for start in starts:  # every token but the last, which the decode loop takes
+        run.prefill(start, chunk, batch.lengths - 1)
+    return _output(decode(), rows)
 
 
 def score(
@@ -175,44 +174,52 @@ class _Run:
     def __init__(self, engine: Engine, batch: _Padded, capacity: int, config: Qwen3Config):
         self._engine, self._batch = engine, batch
         self._rows = NamedSharding(engine.steps.mesh, P(BATCH_AXES))
+        self._everywhere = NamedSharding(engine.steps.mesh, P())
         self._cache = engine.steps.init_cache(batch.size, capacity)
-        self._tables = table_arrays(
-            rope_tables(capacity, config.head_dim, config.rope_theta), engine.steps.mesh
-        )
+        self._tables = self._replicate(rope_tables(capacity, config.head_dim, config.rope_theta))
 
     def _put(self, tree: Any) -> Any:
         return jax.device_put(tree, self._rows)
 
+    def _replicate(self, tree: Any) -> Any:
+        return jax.device_put(tree, self._everywhere)
+
     def prefill(self, start: int, width: int, lengths: np.ndarray) -> None:
+        """Takes `width` tokens of each row from `start` on into the cache."""
         tokens, lengths = self._put((self._batch.window(start, width), lengths))
+        at = self._replicate(np.int32(start))
         self._cache = self._engine.steps.prefill(
-            self._engine.parameters, self._cache, tokens, lengths, jnp.int32(start), self._tables
+            self._engine.parameters, self._cache, tokens, lengths, at, self._tables
         )
 
-    def decode(self, limit: int, sampling: SamplingArrays, filtered: bool, eos: np.ndarray) -> Any:
+    def decode(
+        self, limit: int, sampling: SamplingArrays, filtered: bool, eos: np.ndarray
+    ) -> Callable[[], Decoded]:
+        """Begins to compile the decode loop; the call that is returned runs it, after prefill."""
         step = self._engine.steps.decode(_bucket(limit), filtered)
         rows = self._put((self._batch.last(), self._batch.lengths))
-        self._cache, out = step(
-            self._engine.parameters,
-            self._cache,
-            *rows,
-            jnp.int32(limit),
-            self._put(sampling),
-            eos,
-            self._tables,
-        )
-        return jax.device_get(out)
+        count, ends = self._replicate((np.int32(limit), eos))
+        rest = (*rows, count, self._put(sampling), ends, self._tables)
+        step.start(self._engine.parameters, self._cache, *rest)
+
+        def run() -> Decoded:
+            self._cache, out = step(self._engine.parameters, self._cache, *rest)
+            return jax.device_get(out)
+
+        return run
 
     def score(self, start: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+        """Log-probabilities of `width` targets of each row from `start` on, and whether the logits were finite."""
         tokens, targets = self._batch.window(start, width), self._batch.window(start + 1, width)
         rows = self._put((tokens, targets, self._batch.lengths))
+        at = self._replicate(np.int32(start))
         self._cache, *out = self._engine.steps.score(
-            self._engine.parameters, self._cache, *rows, jnp.int32(start), self._tables
+            self._engine.parameters, self._cache, *rows, at, self._tables
         )
         return jax.device_get(tuple(out))
 
 
-def _output(decoded: Any, rows: list[np.ndarray]) -> GenerateOutput:
+def _output(decoded: Decoded, rows: list[np.ndarray]) -> GenerateOutput:
     tokens, logprobs = [], []
     for i, row in enumerate(rows):
         if decoded.bad_step[i] < decoded.tokens.shape[1]:

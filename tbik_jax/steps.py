@@ -11,10 +11,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import lax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from .layers import InvariantNumerics, Numerics, Parallel, PlainNumerics
@@ -24,6 +23,7 @@ from .mesh import BATCH_AXES
 from .models.qwen3 import Qwen3
 from .models.qwen3.modules import Batch, Cache, cache_spec, init_cache
 from .pallas_kernels.common.backend import device_backend
+from .program import Program
 from .sampling import SamplingArrays, sample
 
 NUMERICS = ("invariant", "plain")
@@ -106,7 +106,7 @@ def _steps(*args: Any) -> "Steps":
 
 
 class Steps:
-    """The jitted functions for one model structure, mesh and numerics."""
+    """The programs for one model structure, mesh and numerics."""
 
     def __init__(
         self,
@@ -144,7 +144,9 @@ class Steps:
             self._hidden_states, (caches, rows, rows, tables), (rows, P(BATCH_AXES, None, TP))
         )
 
-    def _jit(self, body: Callable[..., Any], in_specs: Any, out_specs: Any, donate: int | None = None) -> Any:
+    def _jit(
+        self, body: Callable[..., Any], in_specs: Any, out_specs: Any, donate: int | None = None
+    ) -> Program:
         # The butterfly ends replicated over tp, which shard_map's check cannot infer from ppermute.
         mapped = jax.shard_map(
             body,
@@ -159,7 +161,8 @@ class Steps:
             if isinstance(self._parallel.numerics, InvariantNumerics)
             else {}
         )
-        return jax.jit(mapped, donate_argnums=() if donate is None else (donate,), compiler_options=options)
+        donated = () if donate is None else (donate,)
+        return Program(jax.jit(mapped, donate_argnums=donated, compiler_options=options))
 
     def init_cache(self, batch: int, capacity: int) -> Cache:
         """A cache of zeros for `batch` rows (all ranks together) of `capacity` positions."""
@@ -290,8 +293,3 @@ def _next_token(
 def _logprob(chosen: jax.Array, logits: jax.Array, parallel: Parallel) -> jax.Array:
     row_max, log_total = parallel.numerics.log_normaliser(logits)
     return (chosen - row_max) - log_total
-
-
-def table_arrays(tables: tuple[np.ndarray, np.ndarray], mesh: Mesh) -> tuple[jax.Array, jax.Array]:
-    """Rope tables on every device."""
-    return jax.device_put(tables, NamedSharding(mesh, P()))

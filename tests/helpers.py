@@ -1,9 +1,17 @@
 """Bits: comparing arrays as integers, so that -0.0 and NaN count, and inputs that make a wrong order visible."""
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
+import ml_dtypes
 import numpy as np
+
+#: The dtypes of weights and activations, by name.
+DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}
+#: Numbers of rows on both sides of every tile boundary up to 64, and a few of them where compiling takes long.
+ROW_COUNTS = (1, 2, 3, 7, 8, 9, 16, 17, 33, 64, 65)
+FEW_ROW_COUNTS = (1, 3, 8, 17, 65)
 
 _INTEGERS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
@@ -44,3 +52,41 @@ def cancelling(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any = np
     rest = -half + rng.standard_normal(half.shape) * 2.0**-6
     pairs = np.stack([half, rest], axis=-1).reshape(*shape[:-1], -1)
     return pairs.astype(dtype)
+
+
+def mixed(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
+    """Normal, wide and cancelling rows (of the first axis) in turn."""
+    out = normal(rng, shape, dtype)
+    out[1::3] = wide(rng, shape, dtype)[1::3]
+    even = (*shape[:-1], shape[-1] + shape[-1] % 2)
+    out[2::3] = cancelling(rng, even, dtype)[2::3, ..., : shape[-1]]
+    return out
+
+
+def assert_rows_stand_alone(
+    op: Callable[[np.ndarray], Any], rows: np.ndarray, counts: Iterable[int] = ROW_COUNTS
+) -> None:
+    """`op` gives a row (of the first axis) the same bits in any number of rows, at any place, beside any others."""
+    whole = np.asarray(op(rows))
+    order = np.random.default_rng(0).permutation(len(rows))
+    assert_same_bits(op(rows[order]), whole[order])
+    for count in counts:
+        assert_same_bits(op(rows[:count]), whole[:count])
+        assert_same_bits(op(rows[-count:]), whole[-count:])
+
+
+def rows_that_differ(op: Callable[[np.ndarray], Any], rows: np.ndarray, counts: Iterable[int]) -> int:
+    """In how many of `counts` some row has other bits than in the whole batch."""
+    whole = np.asarray(op(rows))
+    return sum(differing(op(rows[:count]), whole[:count]) > 0 for count in counts)
+
+
+def assert_as_accurate(
+    actual: Any, plain: Any, exact: np.ndarray, *, scale: Any = 1.0, factor: float = 4.0
+) -> None:
+    """The largest error against float64, relative to `scale`, is at most `factor` times the plain op's."""
+
+    def lost(y: Any) -> float:
+        return float((np.abs(np.asarray(y).astype(np.float64) - exact) / scale).max())
+
+    assert lost(actual) <= factor * lost(plain), f"{lost(actual)} against the plain op's {lost(plain)}"

@@ -2,7 +2,6 @@
 
 import re
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -27,13 +26,13 @@ def _programs(numerics: str, **sizes: int) -> dict[str, str]:
     sampling = run._put(
         sampling_arrays([SamplingParams(temperature=1.0, top_k=3, top_p=0.5)] * batch.size, CONFIG.vocab_size)
     )
-    last, eos = run._put(batch.last()), np.asarray([-1], np.int32)
+    last, eos, zero = run._put(batch.last()), np.asarray([-1], np.int32), np.int32(0)
     lowered = {
-        "prefill": steps.prefill.lower(parameters, cache, tokens, lengths, jnp.int32(0), tables),
+        "prefill": steps.prefill.lower(parameters, cache, tokens, lengths, zero, tables),
         "decode": steps.decode(16, True).lower(
-            parameters, cache, last, lengths, jnp.int32(4), sampling, eos, tables
+            parameters, cache, last, lengths, np.int32(4), sampling, eos, tables
         ),
-        "score": steps.score.lower(parameters, cache, tokens, tokens, lengths, jnp.int32(0), tables),
+        "score": steps.score.lower(parameters, cache, tokens, tokens, lengths, zero, tables),
     }
     return {name: each.compile().as_text() for name, each in lowered.items()}
 
@@ -77,9 +76,21 @@ def test_the_cache_is_donated():
         assert "input_output_alias" in hlo, name
 
 
-def test_excess_precision_is_off():
-    mesh = resolve_mesh(make_mesh())
-    options = Engine.create(small_model(), mesh, "invariant").steps.prefill
-    # bfloat16 roundings are reduce-precision instructions, which no pass may drop
-    run_text = _programs("invariant", tp=1)["prefill"]
-    assert options is not None and "reduce-precision" in run_text
+def test_bfloat16_roundings_are_explicit():
+    """`reduce_precision` is what no pass may drop, with or without excess precision."""
+    assert "reduce-precision" in _programs("invariant", tp=1)["prefill"]
+
+
+def test_excess_precision_is_off(monkeypatch):
+    import jax
+
+    from tbik_jax import steps
+
+    asked = []
+    jit = jax.jit
+    monkeypatch.setattr(jax, "jit", lambda f, **keywords: asked.append(keywords) or jit(f, **keywords))
+    steps._steps.cache_clear()
+    Engine.create(small_model(), resolve_mesh(make_mesh()), "invariant").steps.decode(16, False)
+    steps._steps.cache_clear()
+    options = [each["compiler_options"] for each in asked if "compiler_options" in each]
+    assert options and all(each == {"xla_allow_excess_precision": False} for each in options)

@@ -1,8 +1,8 @@
 """Qwen3 as Flax NNX modules, written functionally: state goes in and comes out.
 
 The modules run inside `jax.shard_map`: each parameter is this rank's part, as `sharding.py` cuts it, and every
-collective is called from `parallel` or `numerics`. `positions` and `lengths` are absolute, so prefill, a chunk of it and
-a decode step are the same call.
+collective is called from `parallel` or `numerics`. `positions` and `lengths` are absolute, so prefill, a chunk of it
+and a decode step are the same call.
 """
 
 import dataclasses
@@ -189,8 +189,8 @@ class Qwen3(nnx.Module):
             batch: tokens and positions.
             cache: as `init_cache` makes it, holding the positions before the batch's.
             parallel: numerics and mesh.
-            stacked: `stacked_layers()`, if the layers are to run as a scan over one compiled layer; the cache is stacked
-                then too. The bits are the same.
+            stacked: `stacked_layers()`, if the layers are to run as a scan over one compiled layer; the cache is
+                stacked then too. The bits are the same.
             taps: if given, receives the hidden states [B, T, D] after the embedding and after each layer.
 
         Returns:

@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tbik_jax import load, make_mesh, synthetic
 from tbik_jax.mesh import BATCH_AXES
 from tbik_jax.pallas_kernels.rope.api import rope_tables
-from tbik_jax.steps import Engine, table_arrays
+from tbik_jax.steps import Engine
 from tests.checkpoints import SINGLE, edit_json, edit_tensors, read_tensors
 from tests.helpers import assert_same_bits, differing
 
@@ -67,7 +67,9 @@ def run(folder: Path, input_ids: np.ndarray, *, dtype: Any, tp: int, numerics: s
     engine, config = Engine.create(model, mesh, numerics), model.config
     lengths = np.full(len(input_ids), input_ids.shape[1], np.int32)
     rows = jax.device_put((input_ids, lengths), NamedSharding(mesh, PartitionSpec(BATCH_AXES)))
-    tables = table_arrays(rope_tables(CAPACITY, config.head_dim, config.rope_theta), mesh)
+    tables = jax.device_put(
+        rope_tables(CAPACITY, config.head_dim, config.rope_theta), NamedSharding(mesh, PartitionSpec())
+    )
     cache = engine.steps.init_cache(len(input_ids), CAPACITY)
     hidden, logits = jax.device_get(engine.steps.hidden_states(engine.parameters, cache, *rows, tables))
     return Output(hidden=hidden, logits=logits)
