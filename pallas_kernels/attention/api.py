@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from ..common.dtypes import check_floats
 from ..common.gradient import inference_only
 from .plan import AttentionPlan
 from .reference import attention_reference
@@ -50,6 +51,9 @@ def attention(
         raise ValueError(f"head_dim={q.shape[3]} must be a multiple of 16")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k and v must have one dtype, not {q.dtype}, {k.dtype} and {v.dtype}")
+    check_floats("attention", q=q)
+    if not jnp.issubdtype(positions.dtype, jnp.integer):
+        raise ValueError(f"attention takes integer positions, not {positions.dtype}")
     plan = AttentionPlan() if plan is None else plan
     missing = -k.shape[1] % plan.block
     if missing:  # zeros that no query sees

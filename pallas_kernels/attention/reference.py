@@ -47,7 +47,7 @@ def attention_reference(
     rows = q.reshape(b, t, kv_heads, group, h).transpose(0, 2, 3, 1, 4).reshape(b * kv_heads, group * t, h)
     keys, values = (a.transpose(0, 2, 1, 3).reshape(b * kv_heads, s, h) for a in (k, v))
     at = jnp.broadcast_to(positions[:, None, None], (b, kv_heads, group, t)).reshape(b * kv_heads, group * t)
-    needed = jnp.max(positions) // plan.block + 1  # blocks past every query are skipped: they would change nothing
+    needed = jnp.max(positions) // plan.block + 1  # blocks past every query would change nothing
     partials = []
     for first in range(0, s // plan.block, plan.blocks_per_split):
         last = jnp.clip(needed, first, min(first + plan.blocks_per_split, s // plan.block))

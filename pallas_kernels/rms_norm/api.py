@@ -2,6 +2,7 @@
 
 import jax
 
+from ..common.dtypes import check_floats
 from ..common.gradient import inference_only
 from .reference import rms_norm_reference
 
@@ -18,10 +19,11 @@ def rms_norm(x: jax.Array, scale: jax.Array, *, eps: float) -> jax.Array:
         [..., D] in x's dtype, rounded once.
 
     Raises:
-        ValueError: the shapes do not fit, or eps is not positive.
+        ValueError: the shapes do not fit, another dtype, or eps is not positive.
     """
     if x.ndim < 1 or scale.shape != x.shape[-1:]:
         raise ValueError(f"rms_norm takes x [..., D] and scale [D], not shapes {x.shape} and {scale.shape}")
+    check_floats("rms_norm", x=x, scale=scale)
     if not eps > 0:
         raise ValueError(f"eps={eps} must be positive")
     return inference_only(rms_norm_reference(x, scale, eps=eps), "rms_norm")

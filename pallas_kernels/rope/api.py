@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 
+from ..common.dtypes import check_floats
 from ..common.gradient import inference_only
 from .reference import rope_reference
 
@@ -46,9 +47,12 @@ def rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
         Like x, rounded once.
 
     Raises:
-        ValueError: the shapes do not fit.
+        ValueError: the shapes do not fit, or another dtype.
     """
     expected = (*x.shape[:-2], x.shape[-1] // 2)
     if x.ndim < 2 or x.shape[-1] % 2 or cos.shape != expected or sin.shape != expected:
         raise ValueError(f"rope of x {x.shape} takes cos and sin {expected}, not {cos.shape} and {sin.shape}")
+    check_floats("rope", x=x)
+    if cos.dtype != np.float32 or sin.dtype != np.float32:
+        raise ValueError(f"rope takes float32 cos and sin, not {cos.dtype} and {sin.dtype}")
     return inference_only(rope_reference(x, cos, sin), "rope")
