@@ -105,7 +105,7 @@ def _prepare(model: Path | None, console: Console) -> tuple[Path, Any]:
         model = _FOLDER
         if not (model / "tokenizer_config.json").is_file():
             console.print(f"making a small Qwen3 checkpoint with random weights in {model}")
-            synthetic.write_checkpoint(model, synthetic.small_config(), overwrite=True)
+            synthetic.write_checkpoint(model, synthetic.small_config(num_hidden_layers=2), overwrite=True)
             synthetic_tokenizer.write_tokenizer(model)
     try:
         return model, AutoTokenizer.from_pretrained(model, local_files_only=Path(model).is_dir())
