@@ -35,24 +35,28 @@ def main() -> int:
     rng = np.random.default_rng(0)
     lengths = rng.integers(1, args.prompt_tokens + 1, args.prompts)
     prompts = [rng.integers(0, config["vocab_size"], n) for n in lengths]
-    meshes = [tbik_jax.make_mesh(**m) for m in MESHES if max(m.values()) <= len(jax.devices())]
+    chosen = [m for m in MESHES if not args.meshes or "=".join(map(str, *m.items())) in args.meshes]
+    meshes = [tbik_jax.make_mesh(**m) for m in chosen if max(m.values()) <= len(jax.devices())]
     outputs: dict[tuple[str, str], list[list[Output]]] = {}
     calls: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         path = synthetic.write_checkpoint(Path(folder) / "model", config)
-        for mesh in meshes:
+        for mesh in meshes[::-1]:  # the first mesh last: the timing below finds the model on it
             model = tbik_jax.load(path, mesh=mesh, dtype=jnp.dtype(args.dtype))
             for numerics, batch, mode in itertools.product(("invariant", "plain"), args.batches, MODES):
                 rows = outputs.setdefault((numerics, mode), [[] for _ in prompts])
                 call = _generate(model, prompts, mesh, batch, numerics, mode, args, rows)
                 calls.append(call)
                 print(json.dumps(call), flush=True)
+        speed = _speed(model, prompts, meshes[0], args) if args.repeats else []
     results = _results(outputs)
+    arguments = {k: v for k, v in vars(args).items() if k != "out"}
     report = {
         "environment": environment(),
-        "arguments": {k: v for k, v in vars(args).items() if k != "out"},
+        "arguments": arguments,
         "results": results,
         "calls": calls,
+        "speed": speed,
     }
     for row in results:
         print(json.dumps(row))
@@ -101,6 +105,30 @@ def _generate(
     }
 
 
+def _speed(model: Any, prompts: list[Any], mesh: Any, args: Any) -> list[dict[str, Any]]:
+    """Warm wall time of a whole call on the first mesh, invariant and plain by turns, median of the repeats."""
+    rows = []
+    for batch in args.batches:
+        seconds: dict[str, list[float]] = {"invariant": [], "plain": []}
+        for numerics in list(seconds) * (args.repeats + 1):
+            began = time.perf_counter()
+            tbik_jax.generate(
+                model,
+                prompts[:batch],
+                mesh=mesh,
+                max_new_tokens=args.new_tokens,
+                numerics=numerics,
+                scan_layers=not args.unroll,
+            )
+            seconds[numerics].append(time.perf_counter() - began)
+        medians = {
+            name: round(float(np.median(each[1:])), 4) for name, each in seconds.items()
+        }  # first: warm-up
+        rows.append({"mesh": mesh_label(mesh), "batch": batch, "median_call_s": medians})
+        print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
 def _results(outputs: dict[tuple[str, str], list[list[Output]]]) -> list[dict[str, Any]]:
     results = []
     for (numerics, mode), rows in outputs.items():
@@ -126,12 +154,16 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--size", default="0.6B", help="published size, or 'small'")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--prompts", type=int, default=32)
-    parser.add_argument("--single-prompts", type=int, default=4, help="prompts generated in batches of one")
+    parser.add_argument("--single-prompts", type=int, default=32, help="prompts generated in batches of one")
     parser.add_argument("--prompt-tokens", type=int, default=48, help="longest prompt")
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument(
         "--unroll", action="store_true", help="compile every layer: slow to compile, fast to run"
+    )
+    parser.add_argument("--meshes", nargs="+", help="only these, e.g. tp=1 tp=2")
+    parser.add_argument(
+        "--repeats", type=int, default=0, help="also time whole calls on the first mesh, this often"
     )
     parser.add_argument("--out", help="result file")
     return parser.parse_args()

@@ -2,7 +2,7 @@
 
 import dataclasses
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -130,6 +130,8 @@ def score(
     engine = Engine.create(params, mesh, numerics, scan_layers)
     batch = _padded(rows, mesh)
     longest = max(len(row) for row in rows)
+    if chunk is not None:
+        _whole("chunk", chunk)
     if longest == 1:
         return [np.zeros((0,), np.float32) for _ in rows]
     if chunk is None:
@@ -241,6 +243,8 @@ def _token_rows(sequences: Sequence[TokenIds], config: Qwen3Config, what: str) -
         isinstance(sequences, Sequence) and any(isinstance(s, str) for s in sequences)
     ):
         raise ValueError(f"{what}s are sequences of token ids, not text; tokenize them first")
+    if not isinstance(sequences, Iterable):
+        raise ValueError(f"{what}s must be a sequence of token-id sequences, not {type(sequences).__name__}")
     rows = [_token_row(sequence, f"{what} {i}", config) for i, sequence in enumerate(sequences)]
     if not rows:
         raise ValueError(f"no {what}s were given; pass at least one")
@@ -248,7 +252,10 @@ def _token_rows(sequences: Sequence[TokenIds], config: Qwen3Config, what: str) -
 
 
 def _token_row(sequence: TokenIds, what: str, config: Qwen3Config) -> np.ndarray:
-    row = np.asarray(sequence)
+    try:
+        row = np.asarray(sequence)
+    except ValueError:
+        raise ValueError(f"{what} must be a flat sequence of whole numbers; it is nested unevenly") from None
     if row.size == 0:
         raise ValueError(f"{what} is empty; give it at least one token")
     if row.ndim != 1 or not np.issubdtype(row.dtype, np.integer):
@@ -269,7 +276,8 @@ def _check_lengths(rows: list[np.ndarray], new: int, config: Qwen3Config) -> Non
                 f"prompt {i} of {len(row)} tokens and max_new_tokens={new} exceed max_position_embeddings={limit}; "
                 f"shorten it by {len(row) + new - limit} tokens"
                 if new
-                else f"sequence {i} of {len(row)} tokens exceeds max_position_embeddings={limit}"
+                else f"sequence {i} of {len(row)} tokens exceeds max_position_embeddings={limit}; "
+                f"shorten it by {len(row) - limit} tokens"
             )
 
 

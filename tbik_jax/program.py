@@ -39,7 +39,10 @@ class Program:
         leaves, treedef = jax.tree.flatten(args)
         key = treedef, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
         with self._lock:
-            if key not in self._compiled:
+            known = self._compiled.get(key)
+            if known is None or (
+                known.done() and known.exception() is not None
+            ):  # a failure may be tried again
                 shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding) for a in leaves]
                 self._compiled[key] = _compilers().submit(self._compile, jax.tree.unflatten(treedef, shapes))
             return self._compiled[key]

@@ -79,7 +79,7 @@ def sampling_arrays(params: list[SamplingParams], vocab_size: int) -> SamplingAr
 
 
 def sample(logits: jax.Array, positions: jax.Array, params: SamplingArrays, *, filtered: bool) -> jax.Array:
-    """One token a row: the argmax of logits / temperature + Gumbel noise over the tokens that the filters keep.
+    """One token a row: the argmax of (logits - max) / temperature + Gumbel noise over the tokens that the filters keep.
 
     Args:
         logits: float32 [B, V], finite.
@@ -91,7 +91,9 @@ def sample(logits: jax.Array, positions: jax.Array, params: SamplingArrays, *, f
         int32 [B]. Ties go to the lowest vocabulary id.
     """
     hot = params.temperature > 0
-    scaled = div(logits, jnp.where(hot, params.temperature, 1)[:, None])
+    # relative to the largest, so that a small temperature cannot carry several tokens to infinity
+    relative = logits - jnp.max(logits, axis=-1, keepdims=True)
+    scaled = div(relative, jnp.where(hot, params.temperature, 1)[:, None])
     noisy = scaled + gumbel_noise(params.key, positions, logits.shape[1])
     if filtered:
         noisy = jnp.where(_kept(scaled, params), noisy, -jnp.inf)

@@ -20,9 +20,10 @@ from .layers import InvariantNumerics, Numerics, Parallel, PlainNumerics
 from .layers.base import TP, select_over_tp
 from .loading import parameter_path, parameter_shardings
 from .mesh import BATCH_AXES
-from .models.qwen3 import Qwen3
+from .models.qwen3 import Qwen3, Qwen3Config
 from .models.qwen3.modules import Batch, Cache, cache_spec, init_cache
 from .pallas_kernels.common.backend import device_backend
+from .pallas_kernels.tree_matmul.plan import LEAVES, plan_contraction
 from .program import Program
 from .sampling import SamplingArrays, sample
 
@@ -81,6 +82,8 @@ class Engine:
         Raises:
             ValueError: the model does not fit the mesh, or the numerics are unknown.
         """
+        if numerics == "invariant":
+            check_plans(model.config, model.dtype)
         graphdef, state = nnx.split(model)
         shardings = parameter_shardings(state, mesh)
         leaves, treedef = jax.tree.flatten(jax.device_put(state, shardings))
@@ -97,6 +100,26 @@ class Engine:
             scan_layers = mesh.devices.flat[0].platform == "cpu"
         return cls(
             _steps(graphdef, treedef, specs, model.config, model.dtype, mesh, parallel, scan_layers), leaves
+        )
+
+
+def check_plans(config: Qwen3Config, dtype: jax.typing.DTypeLike) -> None:
+    """Raises `ValueError` if a contraction or the vocabulary of the model does not cut into equal leaves."""
+    d, f, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads * config.head_dim
+    for name, k, n, role in (
+        ("hidden_size", d, f, "column"),
+        ("num_attention_heads * head_dim", heads, d, "row"),
+        ("intermediate_size", f, d, "row"),
+    ):
+        try:
+            plan_contraction(k=k, n=n, dtype=dtype, role=role)  # type: ignore[arg-type]
+        except ValueError as error:
+            raise ValueError(f"config field {name}: {error}") from None
+    if config.vocab_size % LEAVES:
+        fitting = -(-config.vocab_size // LEAVES) * LEAVES
+        raise ValueError(
+            f"config field vocab_size={config.vocab_size} cannot be cut into {LEAVES} equal leaves; "
+            f"resize the embedding to {fitting}"
         )
 
 

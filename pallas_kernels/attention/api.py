@@ -28,7 +28,7 @@ def attention(
     Args:
         q: [B, T, N, H], bfloat16, float16 or float32.
         k: [B, S, K, H] of the same dtype; the cache, key s at absolute position s. N is a multiple of K. Keys past a
-            query's position are not seen by it, but must be finite.
+            query's position do not enter, whatever they hold.
         v: like k.
         positions: int32 [B, T], the absolute position of each query, below S.
         scale: multiplies the scores; H**-0.5 by default.

@@ -111,10 +111,13 @@ def _online_step(old: _Partial, scores: jax.Array, v: jax.Array, visible: jax.Ar
     def step(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         total, values = carry
         ps = lax.dynamic_slice_in_dim(weights, i * _STEP, _STEP, axis=2)
+        seen = lax.dynamic_slice_in_dim(visible, i * _STEP, _STEP, axis=2)
         vs = lax.dynamic_slice_in_dim(v, i * _STEP, _STEP, axis=1).astype(jnp.float32)
         for j in range(_STEP):
             total = total + ps[:, :, j]
-            values = values + _product(ps[:, :, j, None], vs[:, None, j], v.dtype)
+            # a select, not a weight of zero: 0 times infinity in the value of a later token would be NaN
+            longer = values + _product(ps[:, :, j, None], vs[:, None, j], v.dtype)
+            values = jnp.where(seen[:, :, j, None], longer, values)
         return total, values
 
     start = mul(old.total, shrink), mul(old.values, shrink[..., None])
