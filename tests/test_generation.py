@@ -1,5 +1,6 @@
 """The main promise: one prompt, the same bits on every mesh, in every batch, with every chunking and sampling."""
 
+import dataclasses
 import subprocess
 import sys
 
@@ -7,14 +8,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import Mesh
 
 import tbik_jax
-from tbik_jax import SamplingParams, generate, make_mesh, score
+from tbik_jax import SamplingParams, generate, make_mesh, score, synthetic
+from tbik_jax.models import Qwen3
 from tests.helpers import assert_same_bits, differing
 from tests.models_small import CONFIG, prompts, small_model
 
 NEW = 10
+#: Of `test_the_bits_are_the_stored_ones`, on the CPU with the versions in constraints.txt.
+STORED = "08bc5d2b2edfbe64aced02507f680742bee3b2ec75ca9f0c51d5a04208e81be6"
 PROMPTS = prompts()
 #: Greedy, tempered, and filtered rows in one batch.
 SAMPLING = [
@@ -114,7 +119,7 @@ def test_a_users_mesh_in_another_order(model, expected):
 
 
 def test_the_ambient_mesh_is_used(model, expected):
-    with jax.set_mesh(make_mesh(tp=2)):
+    with jax.set_mesh(jax.make_mesh((2,), ("tp",))):  # of one axis, and with explicit axis types
         out = generate(model, PROMPTS, max_new_tokens=NEW, sampling=SAMPLING)
     assert_same_bits((out.tokens, out.logprobs), (expected.tokens, expected.logprobs))
 
@@ -137,6 +142,54 @@ def test_chunked_prefill_gives_the_same_bits(model, expected, chunk):
         model, PROMPTS, mesh=make_mesh(tp=2), max_new_tokens=NEW, sampling=SAMPLING, prefill_chunk=chunk
     )
     assert_same_bits((out.tokens, out.logprobs), (expected.tokens, expected.logprobs))
+
+
+def test_plain_numerics_follow_the_batch_and_the_chunk(model):
+    """Twin of the two tests above."""
+    arguments = {
+        "mesh": make_mesh(),
+        "max_new_tokens": NEW,
+        "sampling": SamplingParams(),
+        "numerics": "plain",
+    }
+    whole = generate(model, PROMPTS, **arguments)
+    alone = [generate(model, [prompt], **arguments).logprobs[0] for prompt in PROMPTS]
+    chunked = generate(model, PROMPTS, prefill_chunk=7, **arguments).logprobs
+    for other in (alone, chunked):
+        assert sum(differing(a, b) for a, b in zip(other, whole.logprobs, strict=True)) > 0
+
+
+def test_prompts_longer_than_a_split():
+    """Prefill, chunks and scoring across block (64 keys) and split (1024 keys) boundaries, end to end."""
+    long = dataclasses.replace(CONFIG, max_position_embeddings=1200, num_hidden_layers=1)
+    model = Qwen3(long, dtype=SENSITIVE, rngs=nnx.Rngs(3))
+    rows = prompts((63, 1022, 65, 130, 64))
+    outs = [
+        generate(model, rows, mesh=make_mesh(tp=tp), max_new_tokens=4, prefill_chunk=chunk)
+        for tp, chunk in ((1, 512), (4, 300))
+    ]
+    assert_same_bits((outs[1].tokens, outs[1].logprobs), (outs[0].tokens, outs[0].logprobs))
+    whole = [row + tokens.tolist() for row, tokens in zip(rows, outs[0].tokens, strict=True)]
+    scores = score(model, whole, mesh=make_mesh(tp=2), chunk=256)
+    for row, each, logprobs in zip(rows, scores, outs[0].logprobs, strict=True):
+        assert_same_bits(each[len(row) - 1 :], logprobs)
+
+
+def test_float16_parameters():
+    model = small_model(jnp.float16)
+    outs = [
+        generate(model, PROMPTS, mesh=make_mesh(**m), max_new_tokens=4) for m in ({}, {"data": 3, "tp": 2})
+    ]
+    assert_same_bits((outs[1].tokens, outs[1].logprobs), (outs[0].tokens, outs[0].logprobs))
+
+
+def test_the_bits_are_the_stored_ones(tmp_path):
+    """A change of these bits is a change of the contract: see CONTRIBUTING, "Changing bits"."""
+    model = tbik_jax.load(
+        synthetic.write_checkpoint(tmp_path / "model", synthetic.small_config(num_hidden_layers=1))
+    )
+    out = generate(model, [[5, 6, 7], [900]], mesh=make_mesh(tp=2), max_new_tokens=6, sampling=SAMPLING[:2])
+    assert tbik_jax.fingerprint([out.tokens, out.logprobs]) == STORED
 
 
 @pytest.mark.parametrize("chunk", [3, 16])

@@ -22,6 +22,8 @@ BAD_CALLS = {
     "text": ({"prompts": ["hello"]}, "tokenize them first"),
     "one text": ({"prompts": "hello"}, "tokenize them first"),
     "flat ids": ({"prompts": [1, 2]}, "prompt 0 must be a flat sequence"),
+    "no sequence": ({"prompts": 5}, "must be a sequence of token-id sequences, not int"),
+    "nested unevenly": ({"prompts": [[1, [2]]]}, "prompt 0 must be a flat sequence"),
     "floats": ({"prompts": [[0.5]]}, "whole numbers, not float64"),
     "id too large": ({"prompts": [[1, 128]]}, "prompt 0 holds token id 128; the vocabulary is 0 .. 127"),
     "negative id": ({"prompts": [[-1]]}, "token id -1"),
@@ -113,3 +115,23 @@ def test_a_dtype_that_is_not_supported():
 
     with pytest.raises(ValueError, match="dtype float64 is not supported; use bfloat16, float16 or float32"):
         Qwen3(CONFIG, dtype=np.float64, rngs=nnx.Rngs(0))
+
+
+def test_a_vocabulary_that_has_no_eight_leaves():
+    import dataclasses
+
+    from flax import nnx
+
+    from tbik_jax.models import Qwen3
+
+    config = dataclasses.replace(CONFIG, vocab_size=501)
+    with pytest.raises(ValueError, match=r"vocab_size=501 cannot be cut into 8 equal leaves; .* to 504"):
+        generate(Qwen3(config, rngs=nnx.Rngs(0)), [[1]], mesh=make_mesh())
+    config = dataclasses.replace(CONFIG, intermediate_size=192)
+    with pytest.raises(ValueError, match=r"intermediate_size: k=192 cannot be cut into 8 leaves"):
+        generate(Qwen3(config, rngs=nnx.Rngs(0)), [[1]], mesh=make_mesh())
+
+
+def test_score_checks_its_chunk_even_where_there_is_nothing_to_score(model):
+    with pytest.raises(ValueError, match="chunk=0 must be a whole number"):
+        score(model, [[1]], mesh=make_mesh(), chunk=0)

@@ -1,5 +1,6 @@
 """The README's proof and the example run as they stand."""
 
+import json
 import re
 import subprocess
 import sys
@@ -34,3 +35,17 @@ def test_figures_name_files_that_exist():
     for text in ("README.md", "docs/numerics.md"):
         for name in re.findall(r"benchmarks/results/[\w.\-]+\.json", (ROOT / text).read_text()):
             assert (ROOT / name).is_file(), name
+
+
+def test_the_table_is_what_the_result_file_says():
+    file = ROOT / "benchmarks/results/generate_matrix_qwen3_0.6b_2xh200.json"
+    report, text = json.loads(file.read_text()), (ROOT / "README.md").read_text()
+    for row in report["results"]:
+        if row["numerics"] == "invariant":
+            assert row["same_bits"] and set(row["distinct_outputs"]) == {1}
+            assert row["largest_probability_difference"] == 0
+            continue
+        distinct = f"{row['mean_distinct_outputs']:.1f} on average, at most {max(row['distinct_outputs'])}"
+        assert f"{distinct} | {row['largest_probability_difference']:.3f} |" in text
+    batch = next(row for row in report["speed"] if row["batch"] == 32)["median_call_s"]
+    assert f"{batch['invariant']:.2f} s a call" in text and f"{batch['plain']:.2f} s with" in text

@@ -144,10 +144,11 @@ def test_near_ties_are_decided_by_two_rounded_steps(temperature: float, filtered
     spread = np.random.default_rng(0).uniform(-1, 1, noise.shape) * np.spacing(F32(20))
     logits = ((20 - noise.astype(np.float64) + spread) * temperature).astype(F32)
     chosen = draw(logits, range(rows), [SamplingParams(temperature=temperature, seed=3)] * rows, filtered)
-    assert_same_bits(chosen, (logits / divisor + noise).argmax(-1).astype(np.int32))
+    relative = logits - logits.max(-1, keepdims=True)
+    assert_same_bits(chosen, (relative / divisor + noise).argmax(-1).astype(np.int32))
 
-    fused = (logits / np.float64(divisor) + noise).astype(F32)
-    product = logits * (F32(1) / divisor) + noise
+    fused = (relative / np.float64(divisor) + noise).astype(F32)
+    product = relative * (F32(1) / divisor) + noise
     assert (chosen != fused.argmax(-1)).any() and (chosen != product.argmax(-1)).any()  # so the test can fail
 
 
@@ -339,3 +340,12 @@ def test_numbers_of_numpy_and_unknown_names() -> None:
         SamplingParams(topk=3)
     with pytest.raises(TypeError):
         SamplingParams(0.5)
+
+
+def test_a_tiny_temperature_on_huge_logits_takes_the_largest() -> None:
+    logits = np.random.default_rng(4).standard_normal((ROWS, VOCAB)).astype(F32) * F32(1e20)
+    for top_k in (None, 3):
+        params = [SamplingParams(temperature=1e-20, top_k=top_k, seed=1)] * ROWS
+        assert_same_bits(
+            draw(logits, range(ROWS), params, top_k is not None), logits.argmax(-1).astype(np.int32)
+        )

@@ -41,19 +41,42 @@ def _ordered_by_xla(hlo: str) -> list[str]:
     """Lines of a program whose order of adds XLA chose: float dots, float sums and products, float all-reduces."""
     adds = set()
     for name, body in re.findall(r"^%?([\w.\-]+)[^\n]*\{\n(.*?)^\}", hlo, re.M | re.S):
-        if re.search(rf"ROOT \S+ = {FLOAT}\]\S* (?:add|multiply)\(", body):
+        if re.search(rf"= {FLOAT}\]\S* (?:add|multiply)\(", body):
             adds.add(name)
     found = []
     for line in hlo.splitlines():
-        if re.search(rf"= \(?{FLOAT}[^=]*? (?:dot|convolution|reduce-scatter|all-reduce)\(", line):
-            found.append(line)
-        if re.search(r" (?:reduce|reduce-window)\(", line) and re.search(rf"= \(?{FLOAT}", line):
+        result = line.partition(" = ")[2]
+        kind = re.search(
+            r" (dot|convolution|reduce-scatter|all-reduce|reduce|reduce-window)(?:-start)?\(", result
+        )
+        if kind and re.search(FLOAT, result[: kind.start()]):
             region = re.search(r"to_apply=%?([\w.\-]+)", line)
-            if region and region.group(1) in adds:
+            if (
+                not kind[1].startswith("reduce")
+                or kind[1] == "reduce-scatter"
+                or (region and region[1] in adds)
+            ):
                 found.append(line)
         if "custom_call_target" in line and re.search(r"matmul|gemm|dot|onednn|cublas", line):
             found.append(line)
     return found
+
+
+def test_the_check_knows_every_form():
+    lines = (
+        "%a = f32[2]{0} all-reduce(%x), to_apply=%sum",
+        "%a = (s32[2]{0}, bf16[4]{0}) all-reduce-start(%x, %y), to_apply=%sum",
+        "%a = f32[1]{0} reduce-scatter(%x), to_apply=%sum",
+        "%a = f32[2,2]{1,0} dot(%x, %y)",
+    )
+    for line in lines:
+        assert _ordered_by_xla(line) == [line]
+    region = (
+        "%sum (a: f32[], b: f32[]) -> bf16[] {\n  %c = f32[] add(%a, %b)\n  ROOT %d = bf16[] convert(%c)\n}\n"
+    )
+    assert len(_ordered_by_xla(region + "%r = bf16[] reduce(%x, %z), to_apply=%sum")) == 1
+    for line in ("%a = u32[2]{0} all-reduce(%x), to_apply=%or", "%m = f32[] reduce(%x, %z), to_apply=%max"):
+        assert _ordered_by_xla(line) == []
 
 
 @pytest.mark.parametrize("sizes", [{"tp": 4}, {"data": 2, "fsdp": 2, "tp": 2}], ids=str)

@@ -315,3 +315,14 @@ def test_it_refuses_positions_that_are_no_integers() -> None:
 def test_it_refuses_mixed_dtypes() -> None:
     with pytest.raises(ValueError, match="one dtype, not bfloat16, float32 and float32"):
         attention(jnp.zeros(Q, BF16), jnp.zeros(K), jnp.zeros(K), jnp.zeros(POSITIONS, jnp.int32))
+
+
+@pytest.mark.parametrize("bad", [np.inf, np.nan])
+def test_a_later_value_that_is_not_finite_does_not_enter(bad: float) -> None:
+    rng = np.random.default_rng(8)
+    q, k, v = (jnp.asarray(rng.standard_normal((1, 16, 2, 16)), jnp.float16) for _ in range(3))
+    positions = jnp.arange(16, dtype=jnp.int32)[None]
+    clean = attention(q, k, v, positions)
+    broken = attention(q, k.at[:, 9].set(bad), v.at[:, 9].set(bad), positions)
+    assert_same_bits(broken[:, :9], clean[:, :9])
+    assert not np.isfinite(np.asarray(broken[:, 9:], np.float32)).all()
