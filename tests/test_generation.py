@@ -224,18 +224,29 @@ def test_bfloat16_parameters():
     _assert_score_equals(score(model, _sequences(outs[0]), mesh=make_mesh(tp=4)), outs[0])
 
 
-def test_a_fresh_process_gives_the_same_bits(expected):
+def _fingerprint_in_a_fresh_process(numerics):
     code = (
         "import jax; jax.config.update('jax_num_cpu_devices', 8)\n"
         "import tbik_jax\n"
         "from tests.models_small import small_model, prompts\n"
         "from tests.test_generation import NEW, SAMPLING, SENSITIVE\n"
         "out = tbik_jax.generate(small_model(SENSITIVE), prompts(), mesh=tbik_jax.make_mesh(tp=4),\n"
-        "                        max_new_tokens=NEW, sampling=SAMPLING)\n"
+        f"                        max_new_tokens=NEW, sampling=SAMPLING, numerics='{numerics}')\n"
         "print(tbik_jax.fingerprint([out.tokens, out.logprobs]))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split()[-1] == tbik_jax.fingerprint([expected.tokens, expected.logprobs])
+    return done.stdout.split()[-1]
+
+
+def test_a_fresh_process_gives_the_same_bits(expected):
+    fresh = _fingerprint_in_a_fresh_process("invariant")
+    assert fresh == tbik_jax.fingerprint([expected.tokens, expected.logprobs])
+
+
+def test_a_fresh_process_with_plain_numerics_gives_others(model):
+    """Twin: the other process has another mesh, which plain numerics follow."""
+    here = generate(model, PROMPTS, mesh=make_mesh(), max_new_tokens=NEW, sampling=SAMPLING, numerics="plain")
+    assert _fingerprint_in_a_fresh_process("plain") != tbik_jax.fingerprint([here.tokens, here.logprobs])
 
 
 def test_a_broken_tree_is_noticed(model, expected, monkeypatch):
