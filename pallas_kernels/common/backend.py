@@ -1,15 +1,28 @@
 """Which implementation of an op runs: by device, or the one that was named, or an error."""
 
+import importlib.metadata
+
 import jax
 import jax.numpy as jnp
 
-BACKENDS = ("reference", "mosaic_gpu")
+BACKENDS = ("reference", "mosaic_gpu", "triton")
+
+#: The versions of its packages that the `triton` backend runs with. Other ones may have other bits.
+TRITON_VERSIONS = {"triton": "3.6.0", "jax-triton": "0.3.1"}
+
+# By the first part of the compute capability. Blackwell (10.x, 12.x) has neither: Mosaic's kernel is for Hopper's MMA,
+# and nobody has compared the bits of Triton's tilings there. On 10.x large and small tiles even take different MMAs.
+_GPU_BACKENDS = {"8": "triton", "9": "mosaic_gpu"}
 
 
 def device_backend(device: jax.Device) -> str:
-    """The backend of a device: `mosaic_gpu` on Hopper (compute capability 9.x), `reference` elsewhere."""
-    capability = str(getattr(device, "compute_capability", ""))
-    return "mosaic_gpu" if device.platform == "gpu" and capability.startswith("9.") else "reference"
+    """The matmul's backend on a device; the ops that have no other kernel run their reference on all of them.
+
+    `mosaic_gpu` on Hopper (compute capability 9.x), `triton` on Ampere and Ada (8.x), `reference` elsewhere. What is
+    installed does not enter: without the packages that `triton` needs, a product there is an error.
+    """
+    major, dot, _ = str(getattr(device, "compute_capability", "")).partition(".")
+    return _GPU_BACKENDS.get(major, "reference") if device.platform == "gpu" and dot else "reference"
 
 
 def resolve_backend(backend: str | None, dtype: jax.typing.DTypeLike) -> str:
@@ -17,7 +30,7 @@ def resolve_backend(backend: str | None, dtype: jax.typing.DTypeLike) -> str:
 
     Args:
         backend: a name, which means that one or an error; None chooses by JAX's default device and the dtype
-            (`mosaic_gpu` multiplies bfloat16 and float16; float32 takes the reference, which states the same order).
+            (the kernels multiply bfloat16 and float16; float32 takes the reference, which states the same order).
         dtype: of the operands.
 
     Raises:
@@ -32,8 +45,27 @@ def resolve_backend(backend: str | None, dtype: jax.typing.DTypeLike) -> str:
         raise ValueError(
             f"backend={backend!r} is unknown; use one of {', '.join(BACKENDS)}, or None to choose"
         )
-    if backend == "mosaic_gpu" and not half:
+    if backend != "reference" and not half:
         raise ValueError(
-            f"backend='mosaic_gpu' multiplies bfloat16 and float16, not {jnp.dtype(dtype)}; use 'reference'"
+            f"backend={backend!r} multiplies bfloat16 and float16, not {jnp.dtype(dtype)}; use 'reference'"
         )
     return backend
+
+
+def require_triton() -> None:
+    """Checks that the packages of the `triton` backend are installed, without importing them.
+
+    Raises:
+        ValueError: one is missing, or is not of the version in `TRITON_VERSIONS`.
+    """
+    for package, version in TRITON_VERSIONS.items():
+        try:
+            installed = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            installed = None
+        if installed != version:
+            found = "it is not installed" if installed is None else f"{installed} is installed"
+            raise ValueError(
+                f"backend='triton' needs {package}=={version} and {found}; "
+                "pip install 'tbik-jax[triton]', or use backend='reference'"
+            )

@@ -5,7 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from ..common.backend import resolve_backend
+from ..common.backend import require_triton, resolve_backend
 from ..common.gradient import inference_only
 from .plan import check_leaves
 from .reference import tree_matmul_reference
@@ -28,11 +28,11 @@ def tree_matmul(
 
     Args:
         x: [..., K], bfloat16, float16 or float32.
-        w: [K, N] of the same dtype; [N, K] with `transpose_rhs`. N is a multiple of 16 on `mosaic_gpu`.
+        w: [K, N] of the same dtype; [N, K] with `transpose_rhs`. N is a multiple of 16 but on `reference`.
         leaves: 1, 2, 4 or 8; K must be a multiple of 16 * leaves.
         out_dtype: of the result; the operands' dtype by default.
         transpose_rhs: `w` is stored [N, K].
-        backend: "reference" or "mosaic_gpu"; None chooses by device.
+        backend: "reference", "mosaic_gpu" (Hopper) or "triton" (Ampere, Ada, Hopper); None chooses by device.
 
     Returns:
         [..., N] in `out_dtype`.
@@ -54,6 +54,11 @@ def tree_matmul(
         from .mosaic_gpu import tree_matmul_mosaic_gpu  # imports the GPU lowering only where it is used
 
         out = tree_matmul_mosaic_gpu(rows, w, leaves=leaves, out_dtype=out_dtype, transpose_rhs=transpose_rhs)
+    elif backend == "triton":
+        require_triton()
+        from .triton import tree_matmul_triton  # imports packages that are optional
+
+        out = tree_matmul_triton(rows, w, leaves=leaves, out_dtype=out_dtype, transpose_rhs=transpose_rhs)
     else:
         out = tree_matmul_reference(rows, w, leaves=leaves, out_dtype=out_dtype, transpose_rhs=transpose_rhs)
     return inference_only(out.reshape(*x.shape[:-1], n), "tree_matmul")

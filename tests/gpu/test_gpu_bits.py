@@ -1,7 +1,11 @@
 """Bits on real GPUs: `pytest -m gpu` on one Hopper GPU, `pytest -m multi_gpu` on two or more.
 
+`pytest -m gpu -k triton` is for Ampere and Ada GPUs as well; what needs `mosaic_gpu` to compare with is skipped there.
+
 `benchmarks/check_tree_matmul.py` and `benchmarks/generate_matrix.py` check the same at real sizes and keep the results.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +15,8 @@ import pytest
 import tbik_jax
 from tbik_jax import SamplingParams, generate, make_mesh, synthetic, tree_matmul
 from tbik_jax.pallas_kernels import tree_join
+from tbik_jax.pallas_kernels.common.backend import device_backend
+from tbik_jax.pallas_kernels.tree_matmul.triton import TritonConfig, choose_config, tree_matmul_triton
 from tests.helpers import assert_same_bits, cancelling, differing, normal, wide
 
 K, N = 1024, 272
@@ -74,6 +80,98 @@ def test_numerics(gpus):
     plain = np.abs(np.asarray(jnp.dot(x, w, preferred_element_type=jnp.float32), np.float64) - exact).max()
     ours = np.abs(np.asarray(tree_matmul(x, w, 8, out_dtype=jnp.float32), np.float64) - exact).max()
     assert ours <= 4 * plain
+
+
+#: (block_m, block_n, block_k, warps, stages) that the choice takes, and others: both MMA instructions of Hopper
+TRITON_TILES = (
+    (16, 64, 64, 4, 4),
+    (32, 64, 32, 4, 4),
+    (64, 64, 64, 4, 4),
+    (128, 64, 32, 8, 4),
+    (128, 128, 64, 8, 3),
+    (64, 128, 16, 4, 1),
+    (16, 16, 128, 1, 2),
+)
+
+
+@functools.cache
+def _triton_configs(leaves, leaf):
+    return [
+        TritonConfig(split=split, block_m=m, block_n=n, block_k=k, warps=warps, stages=stages)
+        for m, n, k, warps, stages in TRITON_TILES
+        for split in (1, 2, 4, 8)
+        if split <= leaves and leaf % k == 0
+    ]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("make", [normal, wide, cancelling])
+@pytest.mark.parametrize("transpose_rhs", [False, True])
+@pytest.mark.parametrize("leaves", [1, 2, 4, 8])
+def test_triton_has_one_set_of_bits(gpus, make, transpose_rhs, leaves):
+    x, w = _inputs(make, jnp.bfloat16)
+    w = w.T if transpose_rhs else w
+    triton = functools.partial(
+        tree_matmul_triton, leaves=leaves, out_dtype=jnp.float32, transpose_rhs=transpose_rhs
+    )
+    whole = triton(x, w)
+    for m in ROWS:
+        assert_same_bits(triton(x[:m], w), whole[:m])
+    for config in _triton_configs(leaves, K // leaves):
+        assert_same_bits(triton(x, w, config=config), whole)
+    # twin: another number of leaves is another order
+    other = triton(x, w, leaves=1 if leaves == 8 else 8)
+    assert differing(other, whole) > 0
+
+
+@pytest.fixture(scope="module")
+def hopper(gpus):
+    if device_backend(gpus[0]) != "mosaic_gpu":
+        pytest.skip("no Hopper GPU here, so nothing to compare triton with")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("out_dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize(
+    ("m", "n", "k", "leaves", "transpose_rhs"),
+    [
+        (1, 16, 128, 8, False),  # leaves of one step
+        (17, 48, 64, 4, True),
+        (5, 4096, 4096, 8, False),
+        (64, 2048, 1536, 2, True),
+        (300, 272, 1024, 8, False),
+        (2048, 4096, 1024, 8, False),
+        (1000, 4096, 1024, 4, True),
+        (2100, 2064, 512, 2, False),
+        (1024, 3072, 2048, 1, True),
+    ],
+)
+def test_triton_has_the_bits_of_mosaic_gpu(hopper, m, n, k, leaves, transpose_rhs, dtype, out_dtype):
+    rng = np.random.default_rng([m, n, k])
+    w = jnp.asarray(normal(rng, (n, k) if transpose_rhs else (k, n), dtype))
+    for make in (normal, cancelling) if dtype == jnp.float16 else (normal, wide, cancelling):
+        x = jnp.asarray(make(rng, (m, k), dtype))
+        triton, mosaic = (
+            tree_matmul(x, w, leaves, out_dtype=out_dtype, transpose_rhs=transpose_rhs, backend=backend)
+            for backend in ("triton", "mosaic_gpu")
+        )
+        assert_same_bits(triton, mosaic)
+
+
+@pytest.mark.gpu
+def test_triton_has_the_bits_of_mosaic_gpu_at_the_edges(hopper):
+    """Infinities, NaNs, subnormal operands, products and sums, and sums of nothing but -0.0."""
+    rng = np.random.default_rng(7)
+    x, w = normal(rng, (130, 256)), normal(rng, (256, 128))
+    x[0, 3], x[1, 200], x[2, :2], x[3] = np.inf, np.nan, (np.inf, -np.inf), -0.0
+    x[4], x[5], x[6] = x[4] * 2.0**-130, x[5] * 2.0**-100, 2.0**127
+    w[:, 0], w[:, 1] = np.abs(w[:, 0]), w[:, 1] * 2.0**-40
+    x, w = jnp.asarray(x, jnp.bfloat16), jnp.asarray(w, jnp.bfloat16)
+    expected = tree_matmul(x, w, 8, out_dtype=jnp.float32, backend="mosaic_gpu")
+    assert jnp.isnan(expected).any() and jnp.isinf(expected).any()
+    for config in [choose_config(130, 128, 256, 8), *_triton_configs(8, 32)]:
+        assert_same_bits(tree_matmul_triton(x, w, leaves=8, out_dtype=jnp.float32, config=config), expected)
 
 
 @pytest.mark.multi_gpu

@@ -1,12 +1,19 @@
 """Which backend runs: by device and dtype, or the one that was named, or an error."""
 
+import importlib.metadata
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from tbik_jax.pallas_kernels.common.backend import BACKENDS, device_backend, resolve_backend
+from tbik_jax.pallas_kernels.common.backend import (
+    BACKENDS,
+    TRITON_VERSIONS,
+    device_backend,
+    require_triton,
+    resolve_backend,
+)
 from tbik_jax.pallas_kernels.tree_matmul.api import tree_matmul
 
 
@@ -15,8 +22,11 @@ from tbik_jax.pallas_kernels.tree_matmul.api import tree_matmul
     [
         ("cpu", None, "reference"),
         ("gpu", "9.0", "mosaic_gpu"),
-        ("gpu", "8.0", "reference"),
-        ("gpu", "8.9", "reference"),
+        ("gpu", "8.0", "triton"),
+        ("gpu", "8.9", "triton"),
+        ("gpu", "7.5", "reference"),
+        ("gpu", "10.0", "reference"),
+        ("gpu", "12.0", "reference"),
         ("gpu", "gfx90a", "reference"),
         ("tpu", None, "reference"),
     ],
@@ -43,22 +53,59 @@ def test_the_default_device_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_backend(None, jnp.bfloat16) == "mosaic_gpu"
     assert resolve_backend(None, jnp.float16) == "mosaic_gpu"
     assert resolve_backend(None, jnp.float32) == "reference"
+    hopper.compute_capability = "8.0"
+    assert resolve_backend(None, jnp.bfloat16) == resolve_backend(None, jnp.float16) == "triton"
+    assert resolve_backend(None, jnp.float32) == "reference"
 
 
-@pytest.mark.parametrize("name", ["triton", "", "Reference", "mosaic"])
+@pytest.mark.parametrize("name", ["pallas", "", "Reference", "mosaic"])
 def test_an_unknown_backend_is_refused_with_the_known_ones(name: str) -> None:
     with pytest.raises(ValueError, match=f"backend='{name}' is unknown; use one of {', '.join(BACKENDS)}"):
         resolve_backend(name, jnp.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
-def test_mosaic_gpu_refuses_what_it_cannot_multiply(dtype: str) -> None:
-    with pytest.raises(ValueError, match=f"bfloat16 and float16, not {dtype}; use 'reference'"):
-        resolve_backend("mosaic_gpu", dtype)
+@pytest.mark.parametrize("backend", ["mosaic_gpu", "triton"])
+def test_a_kernel_refuses_what_it_cannot_multiply(backend: str, dtype: str) -> None:
+    message = f"backend='{backend}' multiplies bfloat16 and float16, not {dtype}; use 'reference'"
+    with pytest.raises(ValueError, match=message):
+        resolve_backend(backend, dtype)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_a_named_backend_that_cannot_run_here_is_an_error(dtype: str) -> None:
+@pytest.mark.parametrize("backend", ["mosaic_gpu", "triton"])
+def test_a_named_backend_that_cannot_run_here_is_an_error(backend: str, dtype: str) -> None:
     x, w = jnp.zeros((16, 128), dtype), jnp.zeros((128, 16), dtype)
-    with pytest.raises(ValueError, match=r"use (backend=)?'reference'"):
-        tree_matmul(x, w, backend="mosaic_gpu")
+    with (
+        jax.default_device(jax.devices("cpu")[0]),
+        pytest.raises(ValueError, match=r"use (backend=)?'reference'"),
+    ):
+        tree_matmul(x, w, backend=backend)
+
+
+@pytest.mark.parametrize("package", TRITON_VERSIONS)
+@pytest.mark.parametrize("installed", [None, "0.4.0"])
+def test_triton_needs_its_packages(
+    monkeypatch: pytest.MonkeyPatch, package: str, installed: str | None
+) -> None:
+    def version(name: str) -> str:
+        if name != package:
+            return TRITON_VERSIONS[name]
+        if installed is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return installed
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    ampere = SimpleNamespace(platform="gpu", compute_capability="8.0")
+    monkeypatch.setattr(jax, "devices", lambda *_: [ampere])
+    wanted = f"{package}=={TRITON_VERSIONS[package]}"
+    found = "it is not installed" if installed is None else "0.4.0 is installed"
+    message = (
+        rf"backend='triton' needs {wanted} and {found}; pip install 'tbik-jax\[triton\]', or use backend="
+    )
+    with pytest.raises(ValueError, match=message):
+        tree_matmul(jnp.zeros((16, 128), jnp.bfloat16), jnp.zeros((128, 16), jnp.bfloat16))
+
+
+def test_triton_runs_with_what_the_tests_install() -> None:
+    require_triton()
