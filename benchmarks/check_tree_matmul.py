@@ -1,63 +1,72 @@
-"""Checks the Hopper tree matmul on the GPU it runs on: accuracy, bits, and what it costs beside `jnp.dot`.
+"""Proves on the GPU it runs on that the Hopper tree matmul's bits are those of its contract, and that it is accurate.
 
     python -m benchmarks.check_tree_matmul --out benchmarks/results/check_tree_matmul.json
 
-Bits are compared as integers, so that -0.0 and NaN count. Every comparison is with one base product a case: 4096 rows
-at the default tiling, fp32 output.
+Bits are compared as integers, so that -0.0 and NaN count.
 
-* rows: the product of every M, of a row alone and of permuted rows equals the base's rows, for normal inputs, for a
-  wide range of exponents, and for heavy cancellation; and it is accurate.
+* configs: for random shapes and Qwen3's, in bfloat16 and float16, every configuration that can be chosen gives the bits
+  of the reference configuration, on inputs of every kind (see `check_configs`).
+* rows: the product of every M, of a row alone and of permuted rows equals the rows of one base product, of 4096 rows in
+  fp32, for normal inputs, for a wide range of exponents, and for heavy cancellation; and it is accurate.
 * layout: a w stored [N, K] gives what the same w stored [K, N] gives.
-* tiles: every split (1 is the serial kernel) and tile gives the same; also with inf, NaN and -0.0 among the inputs.
 * ranks: K cut over 1, 2, 4 and 8 ranks, whose products meet in the tree, gives the whole product, before and after
   the one rounding.
 * twin: the same comparison of `jnp.dot` over ranks finds differences, so these checks can fail.
 
-A failure is recorded and the rest still runs. Exits with 1 after any mismatch, inaccuracy or exception, or at the time
-limit; a slow kernel fails nothing. `--interpret` runs a tiny part on the CPU, where the kernel is interpreted.
+Worker processes share the GPU (see `gpu_pool`). A failure is recorded and the rest still runs. Exits with 1 after any
+mismatch, inaccuracy or exception, or if `--limit` left something undone. `--interpret` runs a tiny part on the CPU,
+where the kernel is interpreted.
 """
 
 import argparse
+import collections
 import dataclasses
-import faulthandler
 import functools
 import json
-import pathlib
-import statistics
+import os
 import sys
 import time
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import gpu_pool
+from benchmarks.check_configs import Case, check_configs, layer_cases, random_cases, tiny_cases
 from benchmarks.environment import environment
+from benchmarks.matmul_bits import make_inputs
+from benchmarks.matmul_speed import dump, kernel_digest
 from tbik_jax.pallas_kernels.common.rounding import round_to
 from tbik_jax.pallas_kernels.common.tree import tree_join
-from tbik_jax.pallas_kernels.tree_matmul.mosaic_gpu import MosaicConfig, choose_config, tree_matmul_mosaic_gpu
+from tbik_jax.pallas_kernels.tree_matmul.mosaic_gpu import tree_matmul_mosaic_gpu
 
 BF16, F32 = jnp.bfloat16, jnp.float32
 KINDS = ("normal", "wide", "cancel")
 QWEN3 = ((2048, 1024), (3072, 1024), (4096, 4096), (12288, 4096), (1024, 4096))  # (K, N)
 MS = (1, 2, 3, 7, 16, 17, 63, 64, 65, 127, 128, 129, 255, 256, 257, 1000, 1024, 4096)
 SAMPLE = 512  # columns, and 16 rows, whose accuracy is checked
+_TRIES = 8  # of a case whose configurations end their workers
+
+Shape = tuple[int, int, int]  # K, N, leaves
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scope:
-    """What a run covers. Shapes are (K, N, leaves)."""
+    """What a run covers beside the configurations."""
 
-    shapes: tuple[tuple[int, int, int], ...]
+    shapes: tuple[Shape, ...]
     ms: tuple[int, ...]  # rows of x for `shapes`, the last the most
-    more_shapes: tuple[tuple[int, int, int], ...] = ()  # these take `few_ms`
+    more_shapes: tuple[Shape, ...] = ()  # these take `few_ms`
     few_ms: tuple[int, ...] = (1, 17, 65, 129, 257, 1000, 4096)
     layout_ms: tuple[int, ...] = (1, 17, 129, 4096)
     rank_ms: tuple[int, ...] = (17, 1000)
     ranks: tuple[int, ...] = (1, 2, 4, 8)
-    tile_ms: tuple[int, ...] = (1, 65, 257)
-    tile_ks: tuple[int, ...] = (16, 32, 64)
-    speed_ms: tuple[int, ...] = (16, 64, 256, 1024, 4096)
     interpret: bool = False
+
+    def ms_of(self, shape: Shape) -> tuple[int, ...]:
+        return self.ms if shape in self.shapes else self.few_ms
 
 
 FULL = Scope(
@@ -72,84 +81,39 @@ QUICK = Scope(
     more_shapes=((768, 336, 8), (1024, 18992, 1)),
     few_ms=(1, 65, 1000),
     layout_ms=(17, 1000),
-    tile_ms=(65,),
 )
 TINY = Scope(
-    shapes=((512, 48, 8),),
-    ms=(1, 17, 66),
-    layout_ms=(17, 66),
-    rank_ms=(17,),
-    ranks=(1, 2),
-    tile_ms=(66,),
-    tile_ks=(64,),  # the interpreter's order inside a stage is NumPy's
-    speed_ms=(),
-    interpret=True,
+    shapes=((512, 48, 8),), ms=(1, 17, 66), layout_ms=(17, 66), rank_ms=(17,), ranks=(1, 2), interpret=True
 )
-
-
-class Report:
-    """Collects outcomes, prints one line a group, and keeps the file up to date."""
-
-    def __init__(self, path: pathlib.Path | None, quick: bool, verbose: bool):
-        self.path, self.verbose = path, verbose
-        self.start = time.perf_counter()
-        self.data = {"environment": environment(), "quick": quick, "groups": [], "speed": [], "ok": True}
-        self.data["environment"]["runtime"] = jax.devices()[0].client.platform_version
-
-    def group(self, name: str) -> "Group":
-        return Group(self, name)
-
-    def save(self) -> None:
-        self.data["seconds"] = round(time.perf_counter() - self.start, 1)
-        if self.path:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text(json.dumps(self.data, indent=1) + "\n")
 
 
 class Group:
     """Checks that belong together. An exception fails the check it happens in and no other."""
 
-    def __init__(self, report: Report, name: str):
-        self.report, self.name, self.checks, self.failures, self.notes = report, name, 0, [], {}
-
-    def __enter__(self) -> "Group":
+    def __init__(self, name: str):
+        self.name, self.checks, self.failures, self.notes = name, 0, [], {}
         self.start = time.perf_counter()
-        return self
 
-    def __exit__(self, kind, error, traceback) -> bool:
-        if isinstance(error, Exception):
-            self.fail("group", error)
-        seconds = round(time.perf_counter() - self.start, 1)
-        data, failed = self.report.data, len(self.failures)
-        data["groups"].append(
-            {"name": self.name, "checks": self.checks, "failed": failed, "seconds": seconds, **self.notes}
-            | {"failures": self.failures[:50]}
-        )
-        data["ok"] = data["ok"] and not failed
-        self.report.save()
-        state = f"FAILED {failed}" if failed else "ok"
-        notes = " ".join(f"{k}={v}" for k, v in self.notes.items())
-        print(f"{self.name:40} {self.checks:5} checks  {state:12} {seconds:6.1f} s  {notes}", flush=True)
-        for failure in self.failures[:5]:
-            print("   ", failure, flush=True)
-        return error is None or isinstance(error, Exception)
-
-    def fail(self, case: str, why: object) -> None:
-        if isinstance(why, Exception):
-            why = f"{type(why).__name__}: {str(why)[:600]}"
-        self.failures.append(f"{case}: {why}")
+    def record(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "checks": self.checks,
+            "failed": len(self.failures),
+            "seconds": round(time.perf_counter() - self.start, 1),
+            **self.notes,
+            "failures": self.failures[:50],
+        }
 
     def check(self, case: str, test) -> None:
         """Runs test() -> None or a sentence that says what is wrong."""
         self.checks += 1
-        if self.report.verbose:
-            print("   ", self.name, case, flush=True)
+        gpu_pool.note(f"{self.name} {case}")
         try:
             why = test()
-        except Exception as error:  # recorded, so that one configuration cannot hide the others
-            why = error
+        except Exception as error:  # recorded, so that one failure cannot hide the others
+            why = f"{type(error).__name__}: {str(error)[:600]}"
         if why is not None:
-            self.fail(case, why)
+            self.failures.append(f"{case}: {why}")
 
     def same_bits(self, case: str, make, expected: np.ndarray) -> None:
         self.check(case, lambda: difference(np.asarray(make()), expected))
@@ -174,24 +138,8 @@ def bits(a: np.ndarray) -> np.ndarray:
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def inputs(kind: str, m: int, k: int, n: int) -> tuple[jax.Array, jax.Array]:
     """x [m, k] and w [k, n] in bfloat16. The first rows are the same for every m."""
-    key_x, key_w, key_s, key_p = jax.random.split(jax.random.key(k + n), 4)
-    x = jax.random.normal(key_x, (4096, k), F32)[:m]
-    w = jax.random.normal(key_w, (k, n), F32) / np.sqrt(k)
-    if kind == "wide":
-        x = x * jnp.exp2(jax.random.uniform(key_s, (k,), F32, -12, 12))
-    if kind == "cancel":  # columns in pairs a, -a against rows that differ in their last bits, anywhere in K
-        order = jax.random.permutation(key_p, k)
-        sign = jnp.where(jnp.arange(k) % 2, -1.0, 1.0)
-        nudge = jnp.where(jnp.arange(k) % 2, 1 + 2.0**-7, 1.0)[:, None]
-        x = (jnp.repeat(x[:, ::2], 2, axis=1) * sign)[:, order]
-        w = (jnp.repeat(w[::2], 2, axis=0).astype(BF16).astype(F32) * nudge)[order]
-    if kind == "special":
-        rows = jnp.arange(x.shape[0])[:, None] % 8
-        column = jnp.arange(k)[None] == (jnp.arange(x.shape[0])[:, None] * 37) % k
-        for row, value in ((1, jnp.inf), (2, -jnp.inf), (3, jnp.nan), (4, 3e38)):
-            x = jnp.where((rows == row) & column, value, x)
-        x = jnp.where(rows == 5, -0.0, x)
-    return x.astype(BF16), w.astype(BF16)
+    x, w = make_inputs(kind, 4096, k, n, BF16, jnp.int32(k + n))
+    return x[:m], w
 
 
 class Accuracy:
@@ -218,15 +166,16 @@ class Accuracy:
         return float(np.linalg.norm(self.sample(out) - self.exact) / np.linalg.norm(self.exact))
 
 
-def check_rows(report: Report, scope: Scope, ms: tuple[int, ...], shape, multiply) -> None:
+def check_rows(scope: Scope, shape: Shape, multiply) -> list[Group]:
     """Every M, single rows, permutations, accuracy."""
-    k, n, leaves = shape
+    (k, n, leaves), ms, groups = shape, scope.ms_of(shape), []
     for kind in KINDS:
-        with report.group(f"rows {kind} k={k} n={n} leaves={leaves}") as group:
-            x, w = inputs(kind, ms[-1], k, n)
-            check_rows_of(group, ms, x, w, Accuracy(x, w, leaves), multiply)
-            if kind == "normal":
-                check_rounding(group, x, w, Accuracy(x, w, leaves), multiply)
+        groups.append(Group(f"rows {kind} k={k} n={n} leaves={leaves}"))
+        x, w = inputs(kind, ms[-1], k, n)
+        check_rows_of(groups[-1], ms, x, w, Accuracy(x, w, leaves), multiply)
+        if kind == "normal":
+            check_rounding(groups[-1], x, w, Accuracy(x, w, leaves), multiply)
+    return groups
 
 
 def check_rows_of(group: Group, ms: tuple[int, ...], x, w, accuracy: "Accuracy", multiply) -> None:
@@ -264,60 +213,36 @@ def check_rounding(group: Group, x, w, accuracy: "Accuracy", multiply) -> None:
     group.check("bfloat16 accuracy", lambda: None if good else f"more than the plain op's: {errors}")
 
 
-def check_layout(report: Report, scope: Scope, ms: tuple[int, ...], shape, multiply) -> None:
+def check_layout(scope: Scope, shape: Shape, multiply) -> list[Group]:
     """[N, K] against [K, N]."""
-    k, n, leaves = shape
-    with report.group(f"layout k={k} n={n} leaves={leaves}") as group:
-        for kind in KINDS:
-            x, w = inputs(kind, ms[-1], k, n)
-            stored, base = jnp.array(w.T), np.asarray(multiply(x, w))
-            for m in (m for m in scope.layout_ms if m <= ms[-1]):
-                make = functools.partial(multiply, x[:m], stored, transpose_rhs=True)
-                group.same_bits(f"{kind} m={m}", make, base[:m])
+    (k, n, leaves), ms = shape, scope.ms_of(shape)
+    group = Group(f"layout k={k} n={n} leaves={leaves}")
+    for kind in KINDS:
+        x, w = inputs(kind, ms[-1], k, n)
+        stored, base = jnp.array(w.T), np.asarray(multiply(x, w))
+        for m in (m for m in scope.layout_ms if m <= ms[-1]):
+            make = functools.partial(multiply, x[:m], stored, transpose_rhs=True)
+            group.same_bits(f"{kind} m={m}", make, base[:m])
+    return [group]
 
 
-def check_tiles(report: Report, scope: Scope, ms: tuple[int, ...], shape, multiply) -> None:
-    """Every split, and tiles the default would not take."""
-    k, n, leaves = shape
-    with report.group(f"tiles k={k} n={n} leaves={leaves}") as group:
-        for kind in (*KINDS, "special"):
-            x, w = inputs(kind, ms[-1], k, n)
-            base = np.asarray(multiply(x, w))
-            for m in scope.tile_ms:
-                for config in configs(scope, m, k, n, leaves):
-                    make = functools.partial(multiply, x[:m], w, config=config)
-                    group.same_bits(f"{kind} m={m} {config}", make, base[:m])
-
-
-def configs(scope: Scope, m: int, k: int, n: int, leaves: int) -> list[MosaicConfig]:
-    default = choose_config(m, n, k, leaves)
-    serial = dataclasses.replace(default, split=1, stages=2)
-    found = [dataclasses.replace(default, split=s, stages=4) for s in (1, 2, 4, 8) if s <= leaves]
-    found += [dataclasses.replace(serial, consumers=c) for c in (1, 2)]
-    for t in scope.tile_ks:
-        if k // leaves % t == 0 and (n % t == 0 or n < t):
-            found.append(dataclasses.replace(serial, tile_k=t, tile_n=64, stages=3))
-    if n % 64 == 0:
-        found += [dataclasses.replace(serial, tile_k=16, tile_n=t) for t in (16, 64, 128)]
-    return list(dict.fromkeys(found))
-
-
-def check_ranks(report: Report, scope: Scope, ms: tuple[int, ...], shape, multiply) -> None:
+def check_ranks(scope: Scope, shape: Shape, multiply) -> list[Group]:
     """Tensor parallelism over K, emulated."""
-    k, n, leaves = shape
-    with report.group(f"ranks k={k} n={n} leaves={leaves}") as group:
-        for kind in KINDS:
-            for m in (m for m in scope.rank_ms if m <= ms[-1]):
-                x, w = inputs(kind, m, k, n)
-                whole = multiply(x, w)
-                expected, rounded = np.asarray(whole), np.asarray(round_to(whole, BF16))
-                for t in (t for t in scope.ranks if t <= leaves):
-                    parts = functools.partial(
-                        over_ranks, x, w, t, functools.partial(multiply, leaves=leaves // t)
-                    )
-                    total = functools.cache(lambda parts=parts: tree_join(parts()))
-                    group.same_bits(f"{kind} m={m} t={t}", total, expected)
-                    group.same_bits(f"{kind} m={m} t={t} bf16", lambda f=total: round_to(f(), BF16), rounded)
+    (k, n, leaves), ms = shape, scope.ms_of(shape)
+    group = Group(f"ranks k={k} n={n} leaves={leaves}")
+    for kind in KINDS:
+        for m in (m for m in scope.rank_ms if m <= ms[-1]):
+            x, w = inputs(kind, m, k, n)
+            whole = multiply(x, w)
+            expected, rounded = np.asarray(whole), np.asarray(round_to(whole, BF16))
+            for t in (t for t in scope.ranks if t <= leaves):
+                parts = functools.partial(
+                    over_ranks, x, w, t, functools.partial(multiply, leaves=leaves // t)
+                )
+                total = functools.cache(lambda parts=parts: tree_join(parts()))
+                group.same_bits(f"{kind} m={m} t={t}", total, expected)
+                group.same_bits(f"{kind} m={m} t={t} bf16", lambda f=total: round_to(f(), BF16), rounded)
+    return [group]
 
 
 def over_ranks(x: jax.Array, w: jax.Array, ranks: int, product) -> list[jax.Array]:
@@ -325,84 +250,148 @@ def over_ranks(x: jax.Array, w: jax.Array, ranks: int, product) -> list[jax.Arra
     return [product(x[:, r * size :][:, :size], w[r * size :][:size]) for r in range(ranks)]
 
 
-def check_twin(report: Report, scope: Scope) -> None:
+def check_twin(scope: Scope, shape: Shape, _) -> list[Group]:
     """The plain op over ranks must differ somewhere, or equal bits above would prove nothing."""
-    k, n, leaves = scope.shapes[0]
-    with report.group(f"twin k={k} n={n}") as group:
-        x, w = inputs("normal", scope.rank_ms[-1], k, n)
-        plain = functools.partial(jnp.dot, preferred_element_type=F32)
-        whole = bits(np.asarray(plain(x, w)))
-        for t in (t for t in scope.ranks if 1 < t <= leaves):
-            total = np.asarray(functools.reduce(jnp.add, over_ranks(x, w, t, plain)))
-            group.notes[f"differ_t{t}"] = int((bits(total) != whole).sum())
-        group.check("jnp.dot over ranks", lambda: None if any(group.notes.values()) else "did not differ")
-
-
-def measure_speed(report: Report, scope: Scope, shape, repeats: int = 3) -> None:
-    """Device time of ours and of `jnp.dot`, interleaved, both to bfloat16. Informs and fails nothing."""
-    from jax.experimental.mosaic.gpu import profiler  # needs the CUDA plugin
-
     k, n, leaves = shape
-    product = functools.partial(tree_matmul_mosaic_gpu, leaves=leaves, out_dtype=BF16)
-    functions = {"ours": jax.jit(product), "plain": jax.jit(jnp.dot)}
-    for m in scope.speed_ms:
-        x, w = inputs("normal", m, k, n)
-        times = {name: [] for name in functions}
-        for name in list(functions) * repeats:
-            times[name] += profiler.measure(functions[name], iterations=5)(x, w)[1]
-        us = {name: 1000 * statistics.median(t) for name, t in times.items()}
-        config, ratio = choose_config(m, n, k, leaves), us["plain"] / us["ours"]
-        report.data["speed"].append(
-            {"m": m, "k": k, "n": n, "leaves": leaves, "config": dataclasses.asdict(config), "ratio": ratio}
-            | {f"{name}_us": value for name, value in us.items()}
-        )
-        sizes = f"m={m:5} k={k:6} n={n:6} leaves={leaves}"
-        print(
-            f"  {sizes} ours {us['ours']:8.1f} us  jnp.dot {us['plain']:8.1f} us  ratio {ratio:.2f}",
-            flush=True,
-        )
+    group = Group(f"twin k={k} n={n}")
+    x, w = inputs("normal", scope.rank_ms[-1], k, n)
+    plain = functools.partial(jnp.dot, preferred_element_type=F32)
+    whole = bits(np.asarray(plain(x, w)))
+    for t in (t for t in scope.ranks if 1 < t <= leaves):
+        total = np.asarray(functools.reduce(jnp.add, over_ranks(x, w, t, plain)))
+        group.notes[f"differ_t{t}"] = int((bits(total) != whole).sum())
+    group.check("jnp.dot over ranks", lambda: None if any(group.notes.values()) else "did not differ")
+    return [group]
 
 
-def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=pathlib.Path, help="JSON file for the results")
-    parser.add_argument("--quick", action="store_true", help="two shapes and fewer rows")
-    parser.add_argument("--interpret", action="store_true", help="a tiny part, interpreted on the CPU")
-    parser.add_argument("--no-speed", action="store_true", help="leave out the timing")
-    parser.add_argument("--verbose", action="store_true", help="name every check before it runs")
-    parser.add_argument("--limit", type=int, default=540, help="seconds after which a hanging run gives up")
-    args = parser.parse_args(argv)
-    scope = TINY if args.interpret else QUICK if args.quick else FULL
-    if args.interpret:
-        jax.config.update("jax_platforms", "cpu")
-    # A kernel whose barriers hang cannot be interrupted; this prints where it hangs and ends the process.
-    faulthandler.dump_traceback_later(args.limit, exit=True)
-
-    report = Report(args.out, args.quick, args.verbose)
-    print(json.dumps(report.data["environment"]), flush=True)
-    check_twin(report, scope)
-    tiled = scope.shapes[0], (scope.more_shapes or scope.shapes)[-1]
-    for shape in (*scope.shapes, *scope.more_shapes):
-        ms = scope.ms if shape in scope.shapes else scope.few_ms
-        multiply = functools.partial(product, leaves=shape[2], interpret=scope.interpret)
-        for check in (check_rows, check_layout, check_ranks, *([check_tiles] if shape in tiled else [])):
-            check(report, scope, ms, shape, multiply)
-    if not args.no_speed:
-        for shape in ((4096, 4096, 8), (12288, 4096, 8), (1024, 4096, 1)) if scope.speed_ms else ():
-            try:
-                measure_speed(report, scope, shape)
-            except Exception as error:  # informative only
-                report.data["speed"].append(
-                    {"shape": shape, "error": f"{type(error).__name__}: {error}"[:600]}
-                )
-                print("  no speed:", report.data["speed"][-1], flush=True)
-    report.save()
-    print("ok" if report.data["ok"] else "FAILED", f"in {report.data['seconds']} s", flush=True)
-    return 0 if report.data["ok"] else 1
+def run_check(check, scope: Scope, shape: Shape) -> list[dict[str, Any]]:
+    """A job: one check of one shape."""
+    multiply = functools.partial(product, leaves=shape[2], interpret=scope.interpret)
+    return [group.record() for group in check(scope, shape, multiply)]
 
 
 def product(x, w, *, leaves, out_dtype=F32, **kwargs) -> jax.Array:
     return tree_matmul_mosaic_gpu(x, w, leaves=leaves, out_dtype=out_dtype, **kwargs)
+
+
+# In the process that owns the pool.
+
+
+class Report:
+    """Collects groups, prints a line for each, and keeps the file up to date."""
+
+    def __init__(self, path: Path | None, arguments: dict[str, Any]):
+        self.path, self.start = path, time.perf_counter()
+        self.data: dict[str, Any] = {
+            "environment": environment() | {"kernel": kernel_digest()},
+            "arguments": arguments,
+            "groups": [],
+            "ok": True,
+        }
+        self.data["environment"]["runtime"] = jax.devices()[0].client.platform_version
+
+    def add(self, record: dict[str, Any]) -> None:
+        self.data["groups"].append(record)
+        self.data["ok"] = self.data["ok"] and not record["failed"]
+        state = f"FAILED {record['failed']}" if record["failed"] else "ok"
+        known = ("name", "checks", "failed", "seconds", "failures")
+        notes = " ".join(f"{k}={v}" for k, v in record.items() if k not in known)
+        print(
+            f"{record['name']:52} {record['checks']:5} checks  {state:12} {record['seconds']:6.1f} s  {notes}",
+            flush=True,
+        )
+        for failure in record["failures"][:5]:
+            print("   ", failure, flush=True)
+        self.save()
+
+    def crash(self, name: str, outcome: gpu_pool.Outcome) -> None:
+        failure = f"while at {outcome.note}: {outcome.error}"
+        seconds = round(outcome.seconds, 1)
+        self.add({"name": name, "checks": 1, "failed": 1, "seconds": seconds, "failures": [failure]})
+
+    def finish(self, left: int) -> bool:
+        groups = self.data["groups"]
+        groups.sort(key=lambda group: group["name"])
+        self.data |= {"checks": sum(group["checks"] for group in groups), "left": left}
+        self.data["ok"] = self.data["ok"] and not left
+        self.save()
+        state = "ok" if self.data["ok"] else "FAILED"
+        print(
+            f"{state}: {self.data['checks']} checks in {self.data['seconds']} s, {left} jobs left", flush=True
+        )
+        return self.data["ok"]
+
+    def save(self) -> None:
+        self.data["seconds"] = round(time.perf_counter() - self.start, 1)
+        if self.path:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text(dump(self.data))
+
+
+def main(argv: list[str]) -> int:
+    args = _arguments(argv)
+    if args.interpret:
+        os.environ["JAX_PLATFORMS"] = "cpu"
+        jax.config.update("jax_platforms", "cpu")
+    gpu_pool.prepare_environment(args.workers)
+    jobs = make_jobs(args)
+    report, left = (
+        Report(args.out, {"random": args.random, "quick": args.quick, "most": args.most}),
+        len(jobs),
+    )
+    print(json.dumps(report.data["environment"]), flush=True)
+    for outcome in gpu_pool.run(jobs, workers=args.workers, limit=args.limit, work_limit=args.hang):
+        first = outcome.job.arguments[0]
+        left -= 1
+        if outcome.error is None:
+            for record in outcome.value:
+                report.add(record)
+        elif isinstance(first, Case):
+            report.crash(first.name, outcome)
+            if (
+                outcome.note and len(first.skip) < _TRIES
+            ):  # the rest of the case, without what ended the worker
+                again = dataclasses.replace(first, skip=(*first.skip, outcome.note))
+                jobs.append(gpu_pool.Job(check_configs, (again,)))
+                left += 1
+        else:
+            report.crash(f"{first.__name__} {outcome.job.arguments[2]}", outcome)
+    return 0 if report.finish(left) else 1
+
+
+def _arguments(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, help="JSON file for the results")
+    parser.add_argument("--quick", action="store_true", help="fewer shapes and rows")
+    parser.add_argument("--interpret", action="store_true", help="a tiny part, interpreted on the CPU")
+    parser.add_argument("--random", type=int, default=48, help="random shapes for the configurations")
+    parser.add_argument("--seed", type=int, default=0, help="of the random shapes and inputs")
+    parser.add_argument("--most", type=int, help="configurations of a shape at most, a random sample")
+    parser.add_argument(
+        "--only", choices=("configs", "rest"), help="the configurations alone, or all but them"
+    )
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that compile")
+    parser.add_argument("--limit", type=float, default=540, help="seconds after which the rest is left")
+    parser.add_argument(
+        "--hang", type=float, default=90, help="seconds of silence after which a job counts as hung"
+    )
+    return parser.parse_args(argv)
+
+
+def make_jobs(args: argparse.Namespace) -> collections.deque[gpu_pool.Job]:
+    scope = TINY if args.interpret else QUICK if args.quick else FULL
+    jobs = [gpu_pool.Job(run_check, (check_twin, scope, scope.shapes[0]))]
+    for shape in (*scope.shapes, *scope.more_shapes):
+        for check in (check_rows, check_layout, check_ranks):
+            jobs.append(gpu_pool.Job(run_check, (check, scope, shape)))
+    if args.interpret:
+        cases = tiny_cases()
+    else:
+        cases = layer_cases(args.seed, every=4 if args.quick else 1)
+        cases += random_cases(args.random // (4 if args.quick else 1), args.seed)
+    configs = [gpu_pool.Job(check_configs, (dataclasses.replace(case, most=args.most),)) for case in cases]
+    chosen = {"configs": configs, "rest": jobs, None: jobs + configs}[args.only]
+    return collections.deque(chosen)
 
 
 if __name__ == "__main__":

@@ -22,8 +22,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-START_LIMIT = 300.0  # seconds a job may compile
-HOLD_LIMIT = 90.0  # seconds a job may hold the GPU at a time
+# Seconds without a word from a job after which it counts as hung: while it compiles, and while it holds the GPU.
+WORK_LIMIT = 180.0
+HOLD_LIMIT = 45.0
 _TICK = 0.5
 
 
@@ -109,7 +110,7 @@ def gpu() -> Iterator[None]:
 
 
 def note(text: str) -> None:
-    """Says what this job is about to do, so that a crash can be laid at something's door."""
+    """Says what this job is about to do: a crash can be laid at something's door, and the job counts as alive."""
     if _turn is not None:
         _turn.say("note", text)
 
@@ -136,9 +137,7 @@ def _serve(pipe: Connection, lock: str) -> None:
 
 class _Worker:
     def __init__(self, lock: str):
-        context = multiprocessing.get_context(
-            "spawn"
-        )  # a fork would inherit JAX's threads and CUDA's context
+        context = multiprocessing.get_context("spawn")  # a fork would inherit JAX's threads
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, lock), daemon=True)
         self.process.start()
@@ -148,7 +147,7 @@ class _Worker:
     def give(self, job: Job) -> None:
         self.job, self.note, self.held = job, None, 0.0
         self.state, self.since = "work", time.monotonic()
-        self.start = self.since
+        self.start = self.heard = self.since
         with contextlib.suppress(BrokenPipeError):  # it died while idle; reading from it will say so
             self.pipe.send(job)
 
@@ -159,6 +158,7 @@ class _Worker:
         except (EOFError, ConnectionResetError):
             self.process.join(10)
             return self.outcome(error=f"the worker ended with {_exit_reason(self.process.exitcode)}")
+        self.heard = time.monotonic()
         if state == "note":
             self.note = value
             return None
@@ -172,13 +172,11 @@ class _Worker:
         self.held += now - self.since if self.state == "hold" else 0.0
         self.state, self.since = state, now
 
-    def overdue(self) -> str | None:
-        seconds = time.monotonic() - self.since
-        if self.state == "hold" and seconds > HOLD_LIMIT:
-            return f"hung: held the GPU for {seconds:.0f} s"
-        if self.state == "work" and seconds > START_LIMIT:
-            return f"hung: worked for {seconds:.0f} s without the GPU"
-        return None
+    def overdue(self, work_limit: float, hold_limit: float) -> str | None:
+        seconds = time.monotonic() - self.heard
+        limits = {"work": work_limit, "hold": hold_limit}  # not while it waits for its turn
+        limit = limits.get(self.state, float("inf"))
+        return f"hung: no word for {seconds:.0f} s in state {self.state!r}" if seconds > limit else None
 
     def outcome(self, **kwargs: Any) -> Outcome:
         seconds = time.monotonic() - self.start
@@ -194,13 +192,22 @@ class _Worker:
         self.pipe.close()
 
 
-def run(jobs: collections.deque[Job], *, workers: int, limit: float = float("inf")) -> Iterator[Outcome]:
+def run(
+    jobs: collections.deque[Job],
+    *,
+    workers: int,
+    limit: float = float("inf"),
+    work_limit: float = WORK_LIMIT,
+    hold_limit: float = HOLD_LIMIT,
+) -> Iterator[Outcome]:
     """Runs `jobs` in order on `workers` processes, and yields their outcomes as they end.
 
     Args:
         jobs: What to do; emptied on the way. The caller may append more as outcomes arrive.
         workers: Processes at a time.
         limit: Seconds after which the rest is left; what is running then is ended and yields nothing.
+        work_limit: Seconds without a word from a job that works, after which it counts as hung.
+        hold_limit: The same for one that holds the GPU, and keeps the others from it.
     """
     deadline = time.monotonic() + limit
     team: list[_Worker] = []
@@ -214,7 +221,11 @@ def run(jobs: collections.deque[Job], *, workers: int, limit: float = float("inf
                 wait = max(0.0, min(_TICK, deadline - time.monotonic()))
                 ready = multiprocessing.connection.wait(list(busy), timeout=wait)
                 ended = [(busy[pipe], busy[pipe].hear()) for pipe in ready]  # type: ignore[index]
-                ended += [(w, w.outcome(error=why)) for w in team if w.job and (why := w.overdue())]
+                ended += [
+                    (w, w.outcome(error=why))
+                    for w in team
+                    if w.job and (why := w.overdue(work_limit, hold_limit))
+                ]
                 for worker, outcome in ended:
                     if outcome is None:
                         continue

@@ -42,13 +42,13 @@ from tbik_jax.pallas_kernels.tree_matmul import mosaic_gpu
 from tbik_jax.pallas_kernels.tree_matmul.mosaic_gpu import choose_config, tree_matmul_mosaic_gpu
 
 BF16 = jnp.bfloat16
-_DRY_LAYERS = [  # what the interpreter can do in a moment
+DRY_LAYERS = [  # what the interpreter can do in a moment
     Layer(layer="o_proj", model="1.7B", tp=1, k=512, n=64, leaves=8),
     Layer(layer="o_proj", model="1.7B", tp=2, k=256, n=64, leaves=4),
     Layer(layer="qkv", model="1.7B", tp=1, k=64, n=128, leaves=1),
     Layer(layer="lm_head", model="8B", tp=8, k=64, n=48, leaves=1, transpose_rhs=True),
 ]
-_DRY_MS = (1, 70)
+DRY_MS = (1, 70)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,14 +75,15 @@ def main(argv: list[str]) -> int:
     options = Options(
         triton=args.triton, cublas=args.cublas, autotune_cache=args.autotune_cache, dry=args.dry
     )
-    chosen = _DRY_LAYERS if args.dry else layers(tuple(args.layers), tuple(args.models), tuple(args.tp))
-    points = [(layer, m) for layer in chosen for m in (_DRY_MS if args.dry else args.ms)]
+    chosen = DRY_LAYERS if args.dry else layers(tuple(args.layers), tuple(args.models), tuple(args.tp))
+    points = [(layer, m) for layer in chosen for m in (DRY_MS if args.dry else args.ms)]
     random.Random(0).shuffle(points)
     report = Report(args.out, args.resume, options)
     wanted = [(layer, m) for layer, m in points if not report.keep(layer, m)]
     print(f"{len(wanted)} points to measure, {len(points) - len(wanted)} kept", flush=True)
     jobs = collections.deque(gpu_pool.Job(measure, (layer, m, options)) for layer, m in wanted)
-    for outcome in gpu_pool.run(jobs, workers=args.workers, limit=args.limit):
+    # XLA may time many candidates of a large `dot`.
+    for outcome in gpu_pool.run(jobs, workers=args.workers, limit=args.limit, hold_limit=90):
         report.add(outcome)
     report.finish(len(points))
     return 1 if report.data["failures"] else 0

@@ -1,0 +1,78 @@
+"""The tuner: which entries its measurements ask for, and that it throws out what has other bits."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from benchmarks import device_time, tune_matmul
+from benchmarks.matmul_bits import reference_config
+from benchmarks.matmul_shapes import Layer
+from benchmarks.tune_matmul import Task, config_name, table_of, tune
+
+A, B = {"tile_n": 64}, {"tile_n": 128}
+
+
+def point(m, gain, best, k=64):
+    shape = {"k": k, "n": 32, "leaves": 1, "transpose_rhs": False, "m": m}
+    return shape | {"best": best} | ({} if gain is None else {"gain": gain})
+
+
+def test_an_entry_serves_up_to_its_rows_and_only_where_it_is_faster(monkeypatch):
+    monkeypatch.setattr(tune_matmul, "MS", (1, 16, 64, 256, 1024))
+    points = [
+        point(1, 1.5, A),
+        point(16, 1.01, B),
+        point(64, 1.1, B),
+        point(256, 1.3, B),
+        point(1024, 1.0, A),
+    ]
+    assert table_of(points) == {(64, 32, 1, False): ((1, A), (16, None), (256, B))}
+
+
+def test_rows_that_were_not_measured_are_left_to_the_rule(monkeypatch):
+    monkeypatch.setattr(tune_matmul, "MS", (1, 16, 64, 256, 1024))
+    assert table_of([point(256, 1.5, A)]) == {(64, 32, 1, False): ((64, None), (256, A))}
+
+
+def test_a_choice_of_the_rule_that_failed_is_replaced_and_a_shape_without_entries_is_left_out():
+    points = [point(1, None, A), point(1, 1.0, A, k=128), point(1, None, None, k=256)]
+    assert table_of(points) == {(64, 32, 1, False): ((1, A),)}
+
+
+@pytest.fixture
+def on_cpu():
+    with jax.default_device(jax.devices("cpu")[0]):
+        yield
+
+
+def test_a_configuration_with_other_bits_is_thrown_out_however_fast(monkeypatch, on_cpu):
+    layer = Layer(layer="o_proj", model="8B", tp=4, k=128, n=64, leaves=2)
+    good = reference_config(layer.k, layer.leaves)
+    wrong = dataclasses.replace(good, stages=3)
+    broken = dataclasses.replace(good, stages=4)
+    real = tune_matmul.tree_matmul_mosaic_gpu
+
+    def kernel(x, w, *, config, **kwargs):
+        if config == broken:
+            raise ValueError("does not fit")
+        return real(x, w, config=config, **kwargs) + (config == wrong) * jnp.ones((), kwargs["out_dtype"])
+
+    def compare(functions, sets, clock):
+        return {
+            name: device_time.Timing(us=index + 1.0, p10=1, p90=1, calls=1, kernels=1)
+            for index, name in enumerate(functions)
+        }
+
+    monkeypatch.setattr(tune_matmul, "candidates", lambda layer, m: (good, wrong, broken))
+    monkeypatch.setattr(tune_matmul, "tree_matmul_mosaic_gpu", kernel)
+    monkeypatch.setattr(device_time, "screen", lambda f, *_: {name: len(f) - i for i, name in enumerate(f)})
+    monkeypatch.setattr(device_time, "compare", compare)
+    found = tune(Task(layer=layer, m=3, dry=True, skip=("{}",)))
+    assert list(found["thrown_out"]) == [config_name(wrong)]
+    assert found["failed"] == {config_name(broken): "ValueError: does not fit", "{}": "ended its worker"}
+    assert found["best"] == found["default"] == dataclasses.asdict(good)
+    assert found["gain"] == 1.0
+    assert json.loads(json.dumps(found)) == found
