@@ -2,7 +2,8 @@
 
 The configurations of a case are what `choose_config` takes, everything `candidate_configs` lists, and what the tuned
 table has for the weights. Each multiplies the same inputs, of every kind in `matmul_bits`, to fp32, twice, into memory
-that held something else; and the chosen one to the operands' type, which must be the fp32 product rounded once.
+that held something else; and the chosen one to the operands' type, which must be the fp32 product rounded once. As a
+twin the reference configuration runs with half the leaves, another order, whose bits must differ.
 """
 
 import dataclasses
@@ -32,6 +33,7 @@ from tbik_jax.pallas_kernels.tree_matmul.mosaic_gpu import (
 F32 = jnp.float32
 _LAYER_MS = (1, 5, 17, 64, 100, 129, 256, 300, 1000, 2048, 4100)
 _MOST_ELEMENTS = 2**27  # of a product
+_TRITON = "triton"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,6 +50,7 @@ class Case:
         seed: Of the inputs.
         skip: Configurations that ended a worker before, as `config_name` has them.
         most: Configurations to compare at most; a random sample of them.
+        triton: Whether the portable kernel is compared too.
         interpret: On the CPU.
     """
 
@@ -60,6 +63,7 @@ class Case:
     seed: int
     skip: tuple[str, ...] = ()
     most: int | None = None
+    triton: bool = False
     interpret: bool = False
 
     @property
@@ -150,14 +154,21 @@ def check_configs(case: Case) -> list[dict[str, Any]]:
             programs[name] = _compile(case, config, F32)
         except Exception as error:  # the others are still compared
             failures.append(f"{name} does not compile: {type(error).__name__}: {error}"[:600])
+    if case.triton and _TRITON not in case.skip:
+        gpu_pool.note(_TRITON)
+        programs[_TRITON] = _compile_triton(case)
     dtype = jnp.dtype(case.dtype)
     reference = config_name(reference_config(case.k, case.leaves))
     rounded = _compile(case, _chosen(case), dtype)
-    checks, payloads = len(failures), 0
+    checks, payloads, notes = len(failures), 0, {}
     for kind in KINDS:
         x, w = _compile_inputs(case, kind)(jnp.int32(case.seed))
         gpu_pool.note(reference)
         expected = programs[reference](x, w)
+        if kind == "normal" and _twin_must_differ(case):
+            checks, notes["twin"] = checks + 1, _twin(case, (x, w), expected)
+            if not notes["twin"]:
+                failures.append(f"twin: {case.leaves // 2} leaves gave the bits of {case.leaves}")
         names = [name for name in programs for _ in range(2)]  # twice: a race need not show at once
         found = [(name, _differences(case, programs[name], (x, w), expected, name)) for name in names]
         name = config_name(_chosen(case))
@@ -179,9 +190,21 @@ def check_configs(case: Case) -> list[dict[str, Any]]:
             "configs": len(programs),
             "payload_only": payloads,
             "seed": case.seed,
+            **notes,
             "failures": failures[:50],
         }
     ]
+
+
+def _twin_must_differ(case: Case) -> bool:
+    """Whether there are other orders, and so many long sums that equal bits cannot be chance."""
+    return case.leaves > 1 and case.k // case.leaves >= 64 and case.m * case.n >= 4096
+
+
+def _twin(case: Case, inputs: tuple[Any, ...], expected: jax.Array) -> int:
+    other = dataclasses.replace(case, leaves=case.leaves // 2)
+    config = reference_config(other.k, other.leaves)
+    return _differences(case, _compile(other, config, F32), inputs, expected, "twin")[0]
 
 
 def _chosen(case: Case) -> MosaicConfig:
@@ -201,6 +224,15 @@ def _compile(case: Case, config: MosaicConfig, out_dtype: Any) -> Callable[..., 
         transpose_rhs=case.transpose_rhs,
         config=config,
         interpret=case.interpret,
+    )
+    return compile_for(product, _operands(case))
+
+
+def _compile_triton(case: Case) -> Callable[..., Any]:
+    from tbik_jax.pallas_kernels.tree_matmul.triton import tree_matmul_triton  # needs jax_triton
+
+    product = functools.partial(
+        tree_matmul_triton, leaves=case.leaves, out_dtype=F32, transpose_rhs=case.transpose_rhs
     )
     return compile_for(product, _operands(case))
 

@@ -5,7 +5,7 @@
 Bits are compared as integers, so that -0.0 and NaN count.
 
 * configs: for random shapes and Qwen3's, in bfloat16 and float16, every configuration that can be chosen gives the bits
-  of the reference configuration, on inputs of every kind (see `check_configs`).
+  of the reference configuration, on inputs of every kind (see `check_configs`); with `--triton` the other kernel too.
 * rows: the product of every M, of a row alone and of permuted rows equals the rows of one base product, of 4096 rows in
   fp32, for normal inputs, for a wide range of exponents, and for heavy cancellation; and it is accurate.
 * layout: a w stored [N, K] gives what the same w stored [K, N] gives.
@@ -336,7 +336,7 @@ def main(argv: list[str]) -> int:
     gpu_pool.prepare_environment(args.workers)
     jobs = make_jobs(args)
     report, left = (
-        Report(args.out, {"random": args.random, "quick": args.quick, "most": args.most}),
+        Report(args.out, _settings(args)),
         len(jobs),
     )
     print(json.dumps(report.data["environment"]), flush=True)
@@ -367,6 +367,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--random", type=int, default=48, help="random shapes for the configurations")
     parser.add_argument("--seed", type=int, default=0, help="of the random shapes and inputs")
     parser.add_argument("--most", type=int, help="configurations of a shape at most, a random sample")
+    parser.add_argument("--triton", action="store_true", help="compare the portable kernel's bits too")
     parser.add_argument(
         "--only", choices=("configs", "rest"), help="the configurations alone, or all but them"
     )
@@ -376,6 +377,11 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
         "--hang", type=float, default=90, help="seconds of silence after which a job counts as hung"
     )
     return parser.parse_args(argv)
+
+
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments that decide what is checked."""
+    return {name: getattr(args, name) for name in ("random", "seed", "quick", "most", "triton", "only")}
 
 
 def make_jobs(args: argparse.Namespace) -> collections.deque[gpu_pool.Job]:
@@ -389,7 +395,12 @@ def make_jobs(args: argparse.Namespace) -> collections.deque[gpu_pool.Job]:
     else:
         cases = layer_cases(args.seed, every=4 if args.quick else 1)
         cases += random_cases(args.random // (4 if args.quick else 1), args.seed)
-    configs = [gpu_pool.Job(check_configs, (dataclasses.replace(case, most=args.most),)) for case in cases]
+    configs = [
+        gpu_pool.Job(
+            check_configs, (dataclasses.replace(case, most=args.most or case.most, triton=args.triton),)
+        )
+        for case in cases
+    ]
     chosen = {"configs": configs, "rest": jobs, None: jobs + configs}[args.only]
     return collections.deque(chosen)
 
