@@ -26,6 +26,7 @@ from typing import Any
 WORK_LIMIT = 180.0
 HOLD_LIMIT = 45.0
 _TICK = 0.5
+_NICE = 10  # of a worker that compiles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,11 +103,23 @@ def gpu() -> Iterator[None]:
     _turn.say("wait")
     fcntl.flock(_turn.lock, fcntl.LOCK_EX)
     _turn.say("hold")
+    _set_niceness(0)
     try:
         yield
     finally:
         fcntl.flock(_turn.lock, fcntl.LOCK_UN)
+        _set_niceness(_NICE)
         _turn.say("work")
+
+
+def _set_niceness(value: int) -> None:
+    """Of every thread of this process: all wait for the one that has the GPU, so the CPUs are its first.
+
+    Where a process may not become less nice again, all keep the same niceness.
+    """
+    for thread in os.listdir("/proc/self/task"):
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, int(thread), value)
 
 
 def note(text: str) -> None:
@@ -119,6 +132,7 @@ def _serve(pipe: Connection, lock: str) -> None:
     global _turn
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the pool ends its workers itself
     _turn = _Turn(pipe, lock)
+    _set_niceness(_NICE)
     while True:
         try:
             job = pipe.recv()

@@ -43,7 +43,7 @@ def test_a_job_that_raises_or_crashes_stops_no_other():
 
 
 def test_a_job_that_hangs_is_ended_and_says_what_it_was_doing():
-    found = outcomes(Job(_note_and_sleep, ("the last step", 60)), Job(abs, (-2,)), workers=2, work_limit=8)
+    found = outcomes(Job(_note_and_sleep, ("the last step", 60)), Job(abs, (-2,)), workers=2, work_limit=5)
     assert found[0].error is not None and "hung" in found[0].error
     assert found[0].note == "the last step"
     assert found[1].value == 2
@@ -51,7 +51,7 @@ def test_a_job_that_hangs_is_ended_and_says_what_it_was_doing():
 
 def test_the_limit_ends_the_run_and_keeps_what_is_there():
     start = time.monotonic()
-    found = outcomes(Job(abs, (-2,)), Job(time.sleep, (60,)), Job(abs, (-3,)), workers=1, limit=10)
+    found = outcomes(Job(abs, (-2,)), Job(time.sleep, (60,)), Job(abs, (-3,)), workers=1, limit=6)
     assert [found[i].value for i in found] == [2]
     assert time.monotonic() - start < 30
 
