@@ -1,17 +1,18 @@
 """Tree-ordered matmul for Hopper GPUs, in Pallas Mosaic GPU.
 
-The product is the one `reference.py` specifies. One kernel serves every case: persistent CTAs walk the work items, one
-warpgroup of a CTA streams tiles of x and w into a ring of shared-memory stages with TMA, and the others ("consumers")
-multiply, each owning `tile_m` rows of the CTA's tile. `MosaicConfig.split` says what an item is:
+The product is the one `reference.py` specifies. One kernel serves every case: persistent CTAs walk the output tiles,
+one warpgroup of a CTA streams boxes of x and w into a ring of shared-memory stages with TMA, and the others
+("consumers") multiply, each owning `tile_m` rows of the CTA's tile.
 
-* 1, "serial": an output tile. The consumers run its leaves one after the other, each in a fresh accumulator, and merge
-  them with a binary counter: a finished subtree is added to the complete one on its left, or waits for its right
-  sibling. The first tree level waits in registers, the second in shared memory, the third in a per-CTA scratch in
-  global memory: the registers hold one level, and shared memory holds one beside enough stages.
-* more, "splitk": a part of the leaves of an output tile, so that few tiles still fill the GPU. Parts go to memory as
-  fp32 partials [split, M, N], which a second step adds in the same tree.
+* The consumers run the leaves of a tile one after the other, each in a fresh accumulator, and merge them with a binary
+  counter: a finished subtree is added to the complete one on its left, or waits for its right sibling. It waits in
+  registers as long as they suffice (`MosaicConfig.group`), then in shared memory, or in a scratch of the CTA's own in
+  global memory (`_Home`). The sums move while the tensor cores multiply for the next leaf.
+* Few tiles do not fill the GPU. Then `MosaicConfig.split` CTAs of one cluster take a part of the leaves each, and every
+  CTA adds up the parts of its share of the columns, in the same tree (`_Exchange`).
+* `MosaicConfig.multicast` CTAs of one cluster, one above the other, load each tile of w once for both.
 
-Every split does the same adds on the same leaves, so it shows in the bits as little as the tile does.
+Every configuration does the same adds on the same leaves, so it shows in the bits as little as the tile does.
 
 Ragged shapes need no padding in memory: TMA reads zeros outside of an array and writes nothing there. `_Ring` has the
 one complication.
@@ -21,7 +22,7 @@ import dataclasses
 import functools
 import types
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.extend.backend
@@ -29,88 +30,24 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir.dialects import llvm
 
-from ..common.rounding import round_to
 from ..common.tree import tree_join
+from .config import RESIDENT_CLUSTERS, MosaicConfig, candidate_configs, check_config, choose_config
 from .plan import check_leaves
 
+__all__ = ["MosaicConfig", "candidate_configs", "choose_config", "tree_matmul_mosaic_gpu"]
+
 _Ref = Any  # Pallas has no public type for what its refs become inside a kernel
+_Value = list[jax.Array]  # a warpgroup's rows of a tile, as blocks of columns
 
 _HALF = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 _FLOAT32 = jnp.dtype(jnp.float32)
 
-_SMS = 132  # of an H100 SXM and an H200
-_SMEM_BYTES = 227 * 1024 - 1024  # of a Hopper CTA, less room for barriers
-_BLOCK_BYTES = 128  # width of a staged block of the output: the widest swizzle
-_PRODUCER_REGISTERS = 40
-_REGISTER_LEVELS = 1
-_SHARED_LEVELS = 1
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MosaicConfig:
-    """How the product is tiled. No field can change a bit of the result.
-
-    Attributes:
-        split: Parts that the leaves of a tile are cut into, each an item of its own: 1, 2, 4 or 8.
-        consumers: Warpgroups that multiply. The CTA's tile has consumers * tile_m rows.
-        tile_m: Rows of one consumer, a multiple of 64.
-        tile_n: Columns of the tile, a multiple of 16.
-        tile_k: Depth of one stage, 64, 32 or 16; it divides the leaf.
-        stages: Tiles of x and w in flight.
-        snake: Width of the snake in which the CTAs walk the output tiles, for hits in L2.
-    """
-
-    split: int
-    consumers: int
-    tile_m: int = 64
-    tile_n: int
-    tile_k: int
-    stages: int
-    snake: int = 8
-
-    @property
-    def kind(self) -> Literal["serial", "splitk"]:
-        return "serial" if self.split == 1 else "splitk"
-
-    @property
-    def rows(self) -> int:
-        return self.consumers * self.tile_m
-
-
-def choose_config(m: int, n: int, k: int, leaves: int, *, transpose_rhs: bool = False) -> MosaicConfig:
-    """Picks the tiling for x [m, k] @ w. It decides the speed and nothing else.
-
-    Args:
-        m: Rows of x.
-        n: Columns of the product.
-        k: Length of the contraction.
-        leaves: Leaves that k is cut into.
-        transpose_rhs: Whether w is [n, k].
-
-    Returns:
-        A configuration that fits into shared memory for every output type.
-    """
-    tile_k = next(t for t in (64, 32, 16) if k // leaves % t == 0)
-    consumers = 1 if m <= 64 else 2
-    m_tiles = pl.cdiv(m, 64 * consumers)
-    if not transpose_rhs and not _tiles_evenly(n, tile_k):
-        tile_n = tile_k
-    elif leaves == 1 and m > 64 and m_tiles * pl.cdiv(n, 256) >= _SMS:
-        tile_n = 256  # as many registers as a consumer can spare, with no subtree waiting in them
-    else:
-        tile_n = 64 if n <= 64 or m_tiles * pl.cdiv(n, 128) * leaves < _SMS else 128
-    tiles = m_tiles * pl.cdiv(n, tile_n)
-
-    def cost(split: int) -> float:  # in tiles that an SM does one after the other
-        # Writing a part and reading it again takes about as long as 600 k's of a tile.
-        moved = split * tiles / _SMS * min(m, 128) / 128 * 600 / k if split > 1 else 0
-        return -(-tiles * split // _SMS) / split + moved
-
-    split = min((s for s in (1, 2, 4, 8) if s <= leaves), key=cost)
-    config = MosaicConfig(split=split, consumers=consumers, tile_n=tile_n, tile_k=tile_k, stages=0)
-    free = _SMEM_BYTES - _smem_bytes(config, leaves, _FLOAT32)
-    return dataclasses.replace(config, stages=min(8, free // _stage_bytes(config)))
+_PRODUCER_REGISTERS = 24
+_LINE = (
+    8  # columns of a saved block that lie together in global memory: a warp then writes 256 bytes in a row
+)
 
 
 def tree_matmul_mosaic_gpu(
@@ -154,8 +91,10 @@ def tree_matmul_mosaic_gpu(
         config=config,
         interpret=interpret,
     )
-    _check_config(problem)
-    return _run(x, w, problem, min(2 if interpret else _count_sms(), problem.items))
+    check_config(
+        config, m=m, n=n, k=k, leaves=leaves, transpose_rhs=transpose_rhs, itemsize=problem.out_dtype.itemsize
+    )
+    return _run(x, w, problem, min(2 if interpret else _resident_clusters(config.cluster), problem.tiles))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -174,62 +113,97 @@ class _Problem:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Output tiles, down and across."""
-        return pl.cdiv(self.m, self.config.rows), pl.cdiv(self.n, self.config.tile_n)
+        """Output tiles of a cluster, down and across."""
+        return pl.cdiv(self.m, self.config.rows * self.config.multicast), pl.cdiv(self.n, self.config.tile_n)
 
     @property
-    def items(self) -> int:
-        return self.config.split * self.grid[0] * self.grid[1]
+    def tiles(self) -> int:
+        return self.grid[0] * self.grid[1]
 
     @property
-    def item_leaves(self) -> int:
+    def part_leaves(self) -> int:
         return self.leaves // self.config.split
 
     @property
-    def item_steps(self) -> int:
-        return self.k // self.config.split // self.config.tile_k
+    def leaf_steps(self) -> int:
+        return self.k // self.leaves // self.config.depth
 
     @property
-    def item_dtype(self) -> Any:
-        return self.out_dtype if self.config.split == 1 else _FLOAT32
+    def part_steps(self) -> int:
+        return self.part_leaves * self.leaf_steps
+
+    @property
+    def group(self) -> int:
+        return min(self.config.group, self.part_leaves)
 
     @property
     def levels(self) -> int:
-        """Tree levels of an item at which a subtree waits for its sibling."""
-        return self.item_leaves.bit_length() - 1
+        """Tree levels inside a CTA at which a group's sum climbs."""
+        return (self.part_leaves // self.group).bit_length() - 1
+
+    @property
+    def blocks(self) -> int:
+        return self.config.tile_n // self.config.block
+
+    @property
+    def shares(self) -> bool:
+        return self.config.shares(self.leaves)
+
+    @property
+    def x_rows(self) -> int:
+        """Rows of x that are copied for a tile."""
+        return self.config.x_rows(self.m)
 
     @property
     def x_ring(self) -> "_Ring":
-        return self._ring(self.config.rows, self.config.tile_k)
+        """Boxes of x one below the other, x_rows apart.
+
+        The tensor cores read as many rows as the tile has. Where x has fewer, they read into the boxes behind, whatever
+        is there: a row of the product depends on its own row of x alone, and these rows are never stored.
+        """
+        rows = self.config.stages * self.config.boxes * self.x_rows + self.config.rows - self.x_rows
+        return self._ring(rows, self.config.tile_k)
+
+    def x_window(self, ref: _Ref, slot: jax.Array, box: int, wg: jax.Array) -> _Ref:
+        """A consumer's rows in a box of `x_ring`."""
+        start = self.x_start(slot, box) + wg * self.config.tile_m
+        return ref.at[pl.ds(start, self.config.tile_m)]
+
+    def x_start(self, slot: jax.Array, box: int) -> jax.Array:
+        return (slot * self.config.boxes + box) * self.x_rows
 
     @property
     def w_ring(self) -> "_Ring":
         tile = self.config.tile_k, self.config.tile_n
-        return self._ring(*(tile[::-1] if self.transpose_rhs else tile))
+        ordered = tile[::-1] if self.transpose_rhs else tile
+        return self._ring(self.config.stages, self.config.boxes, *ordered)
 
-    def _ring(self, *tile: int) -> "_Ring":
+    def _ring(self, *shape: int) -> "_Ring":
         # wgmma takes one swizzle for both operands, so x's, as wide as tile_k, also rules a w contiguous along N.
-        swizzle = self.config.tile_k * self.dtype.itemsize
-        return _Ring((self.config.stages, *tile), self.dtype, swizzle, self.interpret)
+        return _Ring(shape, self.dtype, self.config.tile_k * self.dtype.itemsize, self.interpret)
 
     @property
     def out_ring(self) -> "_Ring":
-        """Staged blocks of the output, two a consumer where its tile has more than one."""
-        config, itemsize = self.config, self.item_dtype.itemsize
-        width = min(_BLOCK_BYTES // itemsize, config.tile_n)
-        shape = (config.consumers, min(2, config.tile_n // width), config.tile_m, width)
-        return _Ring(shape, self.item_dtype, _swizzle(width, itemsize), self.interpret)
+        itemsize = self.out_dtype.itemsize
+        slots, width = self.config.staged(self.leaves, itemsize)
+        shape = (self.config.consumers, slots, self.config.tile_m, width)
+        return _Ring(shape, self.out_dtype, _swizzle(width, itemsize), self.interpret)
 
-    def walk(self, body: Callable[..., jax.Array]) -> jax.Array:
-        """Runs body(part, row, column, count) -> count over this CTA's items from 0; row and column in elements."""
+    @property
+    def block_shape(self) -> tuple[int, int, int]:
+        return self.config.consumers, self.config.tile_m, self.config.block
 
-        def item(info: plgpu.NDLoopInfo, carry: jax.Array) -> jax.Array:
-            part, tile = info.index
-            mi, ni = plgpu.planar_snake(tile, self.grid, 1, self.config.snake)
-            return body(part, mi * self.config.rows, ni * self.config.tile_n, carry)
+    def walk(self, body: Callable[..., Any], carry: Any) -> Any:
+        """Runs body(row, column, carry) -> carry over this CTA's tiles; row and column in elements."""
+        config = self.config
 
-        space = (self.config.split, self.grid[0] * self.grid[1])
-        return plgpu.nd_loop(space, collective_axes="cta", init_carry=jnp.int32(0))(item)
+        def tile(info: plgpu.NDLoopInfo, carry: Any) -> Any:
+            minor = 0 if config.snake_rows else 1
+            mi, ni = plgpu.planar_snake(info.index[0], self.grid, minor, config.snake)
+            mi = mi * config.multicast + lax.axis_index("pair")
+            return body(mi * config.rows, ni * config.tile_n, carry)
+
+        return plgpu.nd_loop((self.tiles,), collective_axes="cluster", init_carry=carry)(tile)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,61 +227,78 @@ class _Ring:
     def two_names(self) -> bool:
         return self.shape[-1] * self.dtype.itemsize == self.swizzle and not self.interpret
 
-    def scratch(self) -> Any:
+    def names(self) -> tuple[Any, ...]:
         transforms = _tiled(self.swizzle, self.dtype.itemsize)
         tiled = plgpu.SMEM(self.shape, self.dtype, transforms=transforms)
         if not self.two_names:
-            return tiled
-        return plgpu.RefUnion(tiled, plgpu.SMEM(self.shape, self.dtype, transforms=transforms[1:]))
+            return (tiled,)
+        return tiled, plgpu.SMEM(self.shape, self.dtype, transforms=transforms[1:])
 
-    def for_warpgroups(self, ref: _Ref) -> _Ref:
-        return ref[0] if self.two_names else ref
 
-    def for_tma(self, ref: _Ref) -> _Ref:
-        return ref[1] if self.two_names else ref
+def _scratch(*names: Any) -> Any:
+    return names[0] if len(names) == 1 else plgpu.RefUnion(*names)
+
+
+def _names(ref: _Ref, count: int) -> tuple[_Ref, ...]:
+    return (ref,) if count == 1 else tuple(ref[i] for i in range(count))
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
-def _run(x: jax.Array, w: jax.Array, problem: _Problem, ctas: int) -> jax.Array:
-    """The product from `ctas` CTAs."""
+def _run(x: jax.Array, w: jax.Array, problem: _Problem, clusters: int) -> jax.Array:
+    """The product from `clusters` clusters of CTAs."""
     config = problem.config
-    part_shape = (config.consumers, config.tile_m, config.tile_n)
-    shape = (problem.m, problem.n) if config.split == 1 else (config.split, problem.m, problem.n)
-    out_type = [jax.ShapeDtypeStruct(shape, problem.item_dtype)]
-    spilled = problem.levels - _REGISTER_LEVELS - _SHARED_LEVELS
-    if spilled > 0:
-        out_type.append(jax.ShapeDtypeStruct((ctas, spilled, *part_shape), jnp.float32))
+    out_type = [jax.ShapeDtypeStruct((problem.m, problem.n), problem.out_dtype)]
+    in_global = config.global_blocks(problem.leaves)
+    if in_global:
+        lines = (config.block // _LINE, config.tile_m, _LINE)
+        shape = (clusters * config.cluster, in_global, config.consumers, *lines)
+        out_type.append(jax.ShapeDtypeStruct(shape, jnp.float32))
+    if config.split > 1:
+        out_type.append(_Exchange.parts(config, clusters))
+
+    arrive_in_pair = functools.partial(plgpu.ClusterBarrier, collective_axes=("pair",))
     scratch: dict[str, Any] = {
-        "x": problem.x_ring.scratch(),
-        "w": problem.w_ring.scratch(),
-        "out": problem.out_ring.scratch(),
-        "full": plgpu.Barrier(num_arrivals=2, num_barriers=config.stages),  # one arrival an operand
-        "empty": plgpu.Barrier(num_arrivals=config.consumers, num_barriers=config.stages),
+        "x": _scratch(*problem.x_ring.names()),
+        "w": _scratch(*problem.w_ring.names()),
+        "full": plgpu.Barrier(num_arrivals=2 * config.boxes, num_barriers=config.stages),
+        "empty": arrive_in_pair(num_arrivals=config.consumers, num_barriers=config.stages),
     }
-    if problem.levels > _REGISTER_LEVELS:
-        layout = _tiled(_swizzle(config.tile_n, 4), 4)
-        scratch["saved"] = plgpu.SMEM((_SHARED_LEVELS, *part_shape), jnp.float32, transforms=layout)
+    saved: tuple[Any, ...] = ()
+    in_shared = config.shared_blocks(problem.leaves)
+    if in_shared:
+        layout = _tiled(_swizzle(config.block, 4), 4)
+        saved = (plgpu.SMEM((in_shared, *problem.block_shape), jnp.float32, transforms=layout),)
+    if problem.shares:
+        scratch["saved_and_out"] = plgpu.RefUnion(*saved, *problem.out_ring.names())
+    else:
+        scratch["out"] = _scratch(*problem.out_ring.names())
+        if saved:
+            scratch["saved"] = saved[0]
+    if config.split > 1:
+        scratch |= _Exchange.barriers(config)
     kernel = plgpu.kernel(
         functools.partial(_kernel, problem),
         out_type=out_type,
         scratch_types=scratch,
-        grid=(ctas,),
-        grid_names=("cta",),
+        grid=(clusters,),
+        grid_names=("cluster",),
+        cluster=(config.multicast, config.split),
+        cluster_names=("pair", "part"),
         num_threads=config.consumers + 1,
         thread_name="wg",
         kernel_name="tree_matmul",
-        interpret=plgpu.InterpretGPUParams() if problem.interpret else None,
+        # Where memory passes from one thread or proxy to another, the kernel says so itself.
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
+        interpret=plgpu.InterpretGPUParams(inline_mgpu="ignore") if problem.interpret else None,
     )
-    out = kernel(x, w)[0]
-    # XLA neither reorders fp32 adds nor moves the rounding in `round_to`, so the last step may fuse with what follows.
-    return out if config.split == 1 else round_to(tree_join(list(out)), problem.out_dtype)
+    return kernel(x, w)[0]
 
 
 def _kernel(
-    problem: _Problem, x_gmem: _Ref, w_gmem: _Ref, out_gmem: _Ref, *spill: _Ref, **scratch: _Ref
+    problem: _Problem, x_gmem: _Ref, w_gmem: _Ref, out_gmem: _Ref, *in_global: _Ref, **scratch: _Ref
 ) -> None:
     wg, consumers = lax.axis_index("wg"), problem.config.consumers
-    smem = types.SimpleNamespace(**{"saved": None} | scratch)
+    smem = types.SimpleNamespace(**scratch)
 
     def set_registers(count: int, action: Literal["decrease", "increase"]) -> None:
         if consumers > 1:  # with one consumer a thread has all the registers it can address from the start
@@ -321,125 +312,358 @@ def _kernel(
     @pl.when(wg < consumers)
     def _() -> None:
         set_registers((512 - _PRODUCER_REGISTERS) // consumers // 8 * 8, "increase")
-        _consume(problem, smem, out_gmem, spill)
+        _consume(problem, smem, out_gmem, in_global)
 
 
 def _produce(problem: _Problem, x_gmem: _Ref, w_gmem: _Ref, smem: types.SimpleNamespace) -> None:
-    """Streams the stages of this CTA's items, each as soon as the consumers have freed its slot."""
+    """Streams the stages of this CTA's tiles, each as soon as the consumers have freed its slot.
+
+    One warp copies w and another x: a barrier takes an arrival from each thread that announces a copy, and 32 are
+    quicker than a whole warpgroup's 128.
+    """
     config, stages = problem.config, jnp.int32(problem.config.stages)
-    x_dst, w_dst = problem.x_ring.for_tma(smem.x), problem.w_ring.for_tma(smem.w)
+    first_step = lax.axis_index("part") * problem.part_steps
 
     def wait_until_empty(slot: jax.Array) -> None:
         plgpu.barrier_wait(smem.empty.at[slot])
 
-    def item(part: jax.Array, row: jax.Array, column: jax.Array, count: jax.Array) -> jax.Array:
-        rows, columns = pl.ds(row, config.rows), pl.ds(column, config.tile_n)
+    def stream(copy: Callable[[jax.Array, int, jax.Array, jax.Array, jax.Array], None]) -> None:
+        def tile(row: jax.Array, column: jax.Array, count: jax.Array) -> jax.Array:
+            def step(i: jax.Array, count: jax.Array) -> jax.Array:
+                slot = lax.rem(count, stages)
+                pl.when(count >= stages)(lambda: wait_until_empty(slot))
+                for box in range(config.boxes):
+                    copy(slot, box, (first_step + i) * config.depth + box * config.tile_k, row, column)
+                return count + 1
 
-        def step(i: jax.Array, count: jax.Array) -> jax.Array:
-            slot = lax.rem(count, stages)
+            return lax.fori_loop(0, problem.part_steps, step, count)
 
-            pl.when(count >= stages)(lambda: wait_until_empty(slot))
-            ks = pl.ds((part * problem.item_steps + i) * config.tile_k, config.tile_k)
-            w_src = w_gmem.at[columns, ks] if problem.transpose_rhs else w_gmem.at[ks, columns]
-            plgpu.copy_gmem_to_smem(x_gmem.at[rows, ks], x_dst.at[slot], smem.full.at[slot])
-            plgpu.copy_gmem_to_smem(w_src, w_dst.at[slot], smem.full.at[slot])
-            return count + 1
+        count = problem.walk(tile, jnp.int32(0))
+        # No barrier may go away while an arrival is pending: see the last use of every slot freed.
+        lax.fori_loop(
+            jnp.maximum(count - stages, 0), count, lambda i, _: wait_until_empty(lax.rem(i, stages)), None
+        )
 
-        return lax.fori_loop(0, problem.item_steps, step, count)
+    def copy_x(slot: jax.Array, box: int, k: jax.Array, row: jax.Array, column: jax.Array) -> None:
+        src = x_gmem.at[pl.ds(row, problem.x_rows), pl.ds(k, config.tile_k)]
+        dst = _names(smem.x, len(problem.x_ring.names()))[-1].at[
+            pl.ds(problem.x_start(slot, box), problem.x_rows)
+        ]
+        plgpu.copy_gmem_to_smem(src, dst, smem.full.at[slot])
 
-    count = problem.walk(item)
-    # No barrier may go away while an arrival is pending: see the last use of every slot freed.
-    lax.fori_loop(
-        jnp.maximum(count - stages, 0), count, lambda i, _: wait_until_empty(lax.rem(i, stages)), None
-    )
+    def copy_w(slot: jax.Array, box: int, k: jax.Array, row: jax.Array, column: jax.Array) -> None:
+        ks, columns = pl.ds(k, config.tile_k), pl.ds(column, config.tile_n)
+        src = w_gmem.at[columns, ks] if problem.transpose_rhs else w_gmem.at[ks, columns]
+        dst = _names(smem.w, len(problem.w_ring.names()))[-1]
+        axes = "pair" if config.multicast > 1 else None
+        plgpu.copy_gmem_to_smem(src, dst.at[slot, box], smem.full.at[slot], collective_axes=axes)
+
+    @plgpu.warp_map
+    def _(warp: jax.Array) -> None:
+        pl.when(warp == 0)(lambda: stream(copy_w))
+        pl.when(warp == 1)(lambda: stream(copy_x))
 
 
-def _consume(problem: _Problem, smem: types.SimpleNamespace, out_gmem: _Ref, spill: tuple[_Ref, ...]) -> None:
-    """Multiplies, merges and stores this warpgroup's rows of every item."""
+def _consume(
+    problem: _Problem, smem: types.SimpleNamespace, out_gmem: _Ref, in_global: tuple[_Ref, ...]
+) -> None:
+    """Multiplies, merges and stores this warpgroup's rows of every tile."""
     wg, config = lax.axis_index("wg"), problem.config
-    x_src, w_src = problem.x_ring.for_warpgroups(smem.x), problem.w_ring.for_warpgroups(smem.w)
-    homes: list[_Registers | _Memory] = [_Registers() for _ in range(_REGISTER_LEVELS)]
-    if smem.saved is not None:
-        homes += [_Memory(smem.saved.at[i, wg], optimized=True) for i in range(_SHARED_LEVELS)]
-    for scratch in spill:
-        mine = scratch.at[lax.axis_index("cta")]
-        homes += [_Memory(mine.at[i, wg], optimized=False) for i in range(scratch.shape[1])]
+    x_src = _names(smem.x, len(problem.x_ring.names()))[0]
+    w_src = _names(smem.w, len(problem.w_ring.names()))[0]
+    out_names = len(problem.out_ring.names())
+    if problem.shares:
+        saved, *out_smem = _names(smem.saved_and_out, 1 + out_names)
+    else:
+        saved, out_smem = getattr(smem, "saved", None), list(_names(smem.out, out_names))
+    homes = _homes(problem, saved, in_global)
+    exchange = _Exchange(problem, smem, in_global) if config.split > 1 else None
 
-    def leaf(acc: _Ref, count: jax.Array) -> tuple[jax.Array, jax.Array]:
-        def step(_: jax.Array, count: jax.Array) -> jax.Array:
-            slot = lax.rem(count, jnp.int32(config.stages))
-            plgpu.barrier_wait(smem.full.at[slot])
-            b = w_src.at[slot].transpose((1, 0)) if problem.transpose_rhs else w_src.at[slot]
-            plgpu.wgmma(acc, x_src.at[slot, pl.ds(wg * config.tile_m, config.tile_m)], b)
-            plgpu.wgmma_wait(0)
-            plgpu.barrier_arrive(smem.empty.at[slot])
-            return count + 1
+    # Not a constant to the compiler: it would unroll a short loop, and mix up what waits in which registers.
+    leaf_steps = lax.optimization_barrier(jnp.int32(problem.leaf_steps))
 
-        count = lax.fori_loop(0, problem.item_steps // problem.item_leaves, step, count)
-        return acc[...], count
+    def multiply(acc: _Ref, count: jax.Array) -> jax.Array:
+        """Adds one stage's product to acc, in the background, and returns the stage's slot."""
+        slot = lax.rem(count, jnp.int32(config.stages))
+        plgpu.barrier_wait(smem.full.at[slot])
+        for box in range(config.boxes):
+            a = problem.x_window(x_src, slot, box, wg)
+            b = w_src.at[slot, box]
+            plgpu.wgmma(acc, a, b.transpose((1, 0)) if problem.transpose_rhs else b)
+        return slot
 
-    def item(part: jax.Array, row: jax.Array, column: jax.Array, count: jax.Array) -> jax.Array:
-        for index in range(problem.item_leaves):
-            acc = plgpu.ACC((config.tile_m, config.tile_n), jnp.float32)  # fresh, and so zero, for every leaf
-            value, count = pl.run_scoped(functools.partial(leaf, count=count), acc)
-            level = 0
-            while index >> level & 1:  # the sibling on the left is complete
-                value, level = homes[level].take() + value, level + 1
-            if index + 1 < problem.item_leaves:
-                homes[level].keep(value)
-        _store(problem, value, smem.out, out_gmem, part, row + wg * config.tile_m, column)
-        return count
+    def free_when_read(last: jax.Array) -> None:
+        # A slot is freed one step late, so that the tensor cores always have the next step's work already.
+        plgpu.wgmma_wait(config.boxes)
+        plgpu.barrier_arrive(smem.empty.at[last])
 
-    problem.walk(item)
-    plgpu.wait_smem_to_gmem(0)
+    def run_leaf(count: jax.Array, begun: Callable[[], None], ended: Callable[[_Ref, jax.Array], Any]) -> Any:
+        """Runs the leaf whose first step is `count`, and leaves its last step in the background.
+
+        `begun` is called when the first step is under way. Returns ended(accumulator, slot of the last step).
+        """
+
+        def run(acc: _Ref) -> Any:
+            def step(i: jax.Array, last: jax.Array) -> jax.Array:
+                slot = multiply(acc, count + i)
+                free_when_read(last)
+                return slot
+
+            first = multiply(acc, count)
+            begun()
+            return ended(acc, lax.fori_loop(1, leaf_steps, step, first))
+
+        acc = plgpu.ACC((config.tile_m, config.tile_n), jnp.float32)  # fresh, and so zero, for every leaf
+        return pl.run_scoped(run, acc)
+
+    def run_group(count: jax.Array, begun: Callable[[], None]) -> _Value:
+        """The sum of a group of leaves, which wait for one another in registers.
+
+        All but the last are looked at only when the next one has begun: the tensor cores do not wait for the adds.
+        """
+        waiting: list[_Value] = []  # complete subtrees whose right sibling has to come, the largest first
+
+        def add_up(index: int, product: jax.Array) -> _Value:
+            value = _columns(product, config.block)
+            while index & 1:
+                value = [left + right for left, right in zip(waiting.pop(), value, strict=True)]
+                # Added up here and now: the compiler would else put it off, and keep both accumulators until then.
+                value = lax.optimization_barrier(value)
+                index >>= 1
+            waiting.append(value)
+            return value
+
+        def leaf(index: int, begun: Callable[[], None]) -> _Value:
+            def ended(acc: _Ref, last: jax.Array) -> _Value:
+                if index + 1 == problem.group:
+                    product = acc[...]
+                    plgpu.barrier_arrive(smem.empty.at[last])
+                    return add_up(index, product)
+
+                def next_begun() -> None:
+                    free_when_read(last)
+                    add_up(index, plgpu.wgmma_accumulator_load(acc, wait_n=None))
+
+                return leaf(index + 1, next_begun)
+
+            return run_leaf(count + index * problem.leaf_steps, begun, ended)
+
+        return leaf(0, begun)
+
+    def finish(value: _Value, row: jax.Array, column: jax.Array, tiles: jax.Array) -> None:
+        if exchange is not None:
+            value = exchange.join(value, tiles)
+            column = column + lax.axis_index("part") * config.out_columns
+        _store(problem, value, out_smem, out_gmem, row + wg * config.tile_m, column)
+
+    def climb(level: int, held: "_Held") -> None:
+        """Merges a complete subtree with its left sibling, or lets it wait for its right one."""
+        if level == problem.levels:
+            finish(held.value, held.row, held.column, held.tiles)
+            return
+
+        def wait() -> None:
+            if problem.shares:  # the last tile's output has to leave this memory
+                pl.when(held.group == 0)(lambda: plgpu.wait_smem_to_gmem(0, wait_read_only=True))
+            for home, block in zip(homes[level], held.value, strict=True):
+                home.keep(block)
+
+        def merge() -> None:
+            merged = [home.take() + block for home, block in zip(homes[level], held.value, strict=True)]
+            climb(level + 1, dataclasses.replace(held, value=merged))
+
+        lax.cond((held.group >> level) & 1 == 1, merge, wait)
+
+    def tile_at_once(row: jax.Array, column: jax.Array, carry: tuple[jax.Array, jax.Array]) -> Any:
+        count, tiles = carry
+        finish(run_group(count, lambda: None), row, column, tiles)
+        return count + problem.part_steps, tiles + 1
+
+    def tile_in_groups(row: jax.Array, column: jax.Array, carry: tuple[jax.Array, jax.Array, "_Held"]) -> Any:
+        count, tiles, held = carry
+
+        def group(index: jax.Array, carry: tuple[jax.Array, "_Held"]) -> tuple[jax.Array, "_Held"]:
+            count, held = carry
+
+            def begun() -> None:
+                # The last group's sum climbs the tree, and maybe leaves, while the tensor cores have this one's work.
+                pl.when(count > 0)(lambda: climb(0, held))
+
+            value = run_group(count, begun)
+            held = _Held(value=value, group=index, row=row, column=column, tiles=tiles)
+            return count + problem.group * problem.leaf_steps, held
+
+        # A loop, not unrolled: the code of eight leaves would not stay in the instruction cache.
+        groups = lax.optimization_barrier(
+            jnp.int32(problem.part_leaves // problem.group)
+        )  # as with leaf_steps
+        count, held = lax.fori_loop(0, groups, group, (count, held))
+        return count, tiles + 1, held
+
+    zero = lax.optimization_barrier(jnp.int32(0))
+    if not config.overlap:
+        _, tiles = problem.walk(tile_at_once, (zero, zero))
+    else:
+        none = _columns(jnp.zeros((config.tile_m, config.tile_n), jnp.float32), config.block)
+        held = _Held(none, zero, zero, zero, zero)
+        count, tiles, held = problem.walk(tile_in_groups, (zero, zero, held))
+        pl.when(count > 0)(lambda: climb(0, held))
+    if exchange is not None:
+        exchange.drain(tiles)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["value", "group", "row", "column", "tiles"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class _Held:
+    """A group's sum that has not climbed yet: its place in the tile, the tile, and how many tiles came before."""
+
+    value: _Value
+    group: jax.Array
+    row: jax.Array
+    column: jax.Array
+    tiles: jax.Array
+
+
+def _columns(value: jax.Array, width: int) -> _Value:
+    return [value[:, i : i + width] for i in range(0, value.shape[1], width)]
 
 
 def _store(
-    problem: _Problem,
-    value: jax.Array,
-    out_smem: _Ref,
-    out_gmem: _Ref,
-    part: jax.Array,
-    row: jax.Array,
-    column: jax.Array,
+    problem: _Problem, value: _Value, out_smem: list[_Ref], out_gmem: _Ref, row: jax.Array, column: jax.Array
 ) -> None:
-    """Rounds a warpgroup's [tile_m, tile_n] once and stores it through shared memory, block by block."""
-    wg, ring = lax.axis_index("wg"), problem.out_ring
-    _, slots, height, width = ring.shape
-    staged, src = ring.for_warpgroups(out_smem), ring.for_tma(out_smem)
-    value = value.astype(problem.item_dtype)
-    for block in range(problem.config.tile_n // width):
-        slot, start = block % slots, block * width
+    """Rounds a warpgroup's rows once and stores them through shared memory, block by block."""
+    wg = lax.axis_index("wg")
+    staged, src = out_smem[0], out_smem[-1]  # the warpgroups' name and TMA's
+    _, slots, height, width = problem.out_ring.shape
+    blocks = [block for wide in value for block in _columns(wide.astype(problem.out_dtype), width)]
+    for i, block in enumerate(blocks):
+        slot = i % slots
         plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)  # the last copy out of this slot
-        staged.at[wg, slot][...] = value[:, start : start + width]
+        staged.at[wg, slot][...] = block
         plgpu.commit_smem()
-        window = pl.ds(row, height), pl.ds(column + start, width)
-        dst = out_gmem.at[window] if problem.config.split == 1 else out_gmem.at[part, *window]
+        dst = out_gmem.at[pl.ds(row, height), pl.ds(column + i * width, width)]
         plgpu.copy_smem_to_gmem(src.at[wg, slot], dst)
 
 
-class _Registers:
-    """Where a subtree waits: the warpgroup's registers."""
+class _Home(Protocol):
+    """Where a block of a subtree waits for its sibling. Every thread reads what it wrote itself: no fence is needed."""
 
-    def keep(self, value: jax.Array) -> None:
-        self._value = value
+    def keep(self, block: jax.Array) -> None: ...
 
-    def take(self) -> jax.Array:
-        return self._value
+    def take(self) -> jax.Array: ...
 
 
 @dataclasses.dataclass(frozen=True)
-class _Memory:
-    """Where a subtree waits: memory of this warpgroup alone. Every thread reads what it wrote itself: no fences."""
+class _SharedHome:
+    """Shared memory of this warpgroup alone."""
 
     ref: _Ref
-    optimized: bool
 
-    def keep(self, value: jax.Array) -> None:
-        self.ref[...] = value
+    def keep(self, block: jax.Array) -> None:
+        self.ref[...] = block
 
     def take(self) -> jax.Array:
-        return plgpu.load(self.ref, layout=plgpu.Layout.WGMMA, optimized=self.optimized)
+        return plgpu.load(self.ref, layout=plgpu.Layout.WGMMA)
+
+
+@dataclasses.dataclass(frozen=True)
+class _GlobalHome:
+    """Global memory of this warpgroup alone, [block / _LINE, tile_m, _LINE]; it stays in L2."""
+
+    ref: _Ref
+
+    def keep(self, block: jax.Array) -> None:
+        _store_lines(self.ref, block)
+
+    def take(self) -> jax.Array:
+        return _load_lines(self.ref, self.ref.shape[0])
+
+
+def _store_lines(ref: _Ref, block: jax.Array) -> None:
+    for i, line in enumerate(_columns(block, _LINE)):
+        ref.at[i][...] = line
+
+
+def _load_lines(ref: _Ref, count: int) -> jax.Array:
+    load = functools.partial(plgpu.load, layout=plgpu.Layout.WGMMA, optimized=False)
+    return jnp.concatenate([load(ref.at[i]) for i in range(count)], axis=1)
+
+
+def _homes(problem: _Problem, saved: _Ref | None, in_global: tuple[_Ref, ...]) -> list[list[_Home]]:
+    """The homes of each level's blocks. The lowest are used most, and get the nearest."""
+    wg, config = lax.axis_index("wg"), problem.config
+    homes: list[_Home] = [_SharedHome(saved.at[i, wg]) for i in range(config.shared_blocks(problem.leaves))]
+    if count := config.global_blocks(problem.leaves):
+        cta = (lax.axis_index("cluster") * config.multicast + lax.axis_index("pair")) * config.split
+        mine = in_global[0].at[cta + lax.axis_index("part")]
+        homes += [_GlobalHome(mine.at[i, wg]) for i in range(count)]
+    return [homes[i * problem.blocks : (i + 1) * problem.blocks] for i in range(problem.levels)]
+
+
+class _Exchange:
+    """Gives every CTA of a cluster the sums that all of them have for its share of the columns.
+
+    They go through global memory, where they stay in L2: stores into another CTA's shared memory, 8 bytes each with an
+    arrival of their own, took 4 to 25 us. `sent` says that everyone has written, `free` that everyone has read.
+    """
+
+    def __init__(self, problem: _Problem, smem: types.SimpleNamespace, in_global: tuple[_Ref, ...]):
+        cluster = lax.axis_index("cluster") * problem.config.multicast + lax.axis_index("pair")
+        self._parts, self._wg, self._part = (
+            in_global[-1].at[cluster],
+            lax.axis_index("wg"),
+            lax.axis_index("part"),
+        )
+        self._sent, self._free = smem.sent.at[self._wg], smem.free.at[self._wg]
+        self._split, self._width = problem.config.split, problem.config.out_columns
+
+    @staticmethod
+    def barriers(config: MosaicConfig) -> dict[str, Any]:
+        in_cluster = plgpu.ClusterBarrier(collective_axes=("part",), num_barriers=config.consumers)
+        return {"sent": in_cluster, "free": in_cluster}
+
+    @staticmethod
+    def parts(config: MosaicConfig, clusters: int) -> jax.ShapeDtypeStruct:
+        lines = (config.tile_n // _LINE, config.tile_m, _LINE)
+        shape = (clusters * config.multicast, config.split, config.consumers, *lines)
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    def join(self, value: _Value, tiles: jax.Array) -> _Value:
+        """Shares a warpgroup's rows [tile_m, tile_n] and returns the total of this CTA's columns."""
+        pl.when(tiles > 0)(lambda: plgpu.barrier_wait(self._free))
+        mine = self._parts.at[self._part, self._wg]
+        lines = value[0].shape[1] // _LINE
+        for i, block in enumerate(value):
+            _store_lines(mine.at[pl.ds(i * lines, lines)], block)
+        self._arrive(self._sent)
+        plgpu.barrier_wait(self._sent)
+        _fence()
+        lines = self._width // _LINE
+        share = pl.ds(self._part * lines, lines)
+        parts = [_load_lines(self._parts.at[i, self._wg, share], lines) for i in range(self._split)]
+        total = tree_join(parts)
+        self._arrive(self._free)
+        return [total]
+
+    def _arrive(self, barrier: _Ref) -> None:
+        _fence()
+        plgpu.commit_smem()  # the whole warpgroup: one of its threads arrives for all
+        plgpu.barrier_arrive(barrier)
+
+    def drain(self, tiles: jax.Array) -> None:
+        """Sees the last arrivals: no barrier may go away while one is pending."""
+        pl.when(tiles > 0)(lambda: plgpu.barrier_wait(self._free))
+
+
+@plgpu.inline_mgpu()
+def _fence(_: Any) -> None:
+    """Orders this thread's accesses to global memory before and after it, for all threads of the GPU."""
+    llvm.inline_asm(None, [], "fence.acq_rel.gpu;", "~{memory}", has_side_effects=True)
 
 
 def _tiled(swizzle: int, itemsize: int) -> tuple[Any, Any]:
@@ -449,23 +673,6 @@ def _tiled(swizzle: int, itemsize: int) -> tuple[Any, Any]:
 
 def _swizzle(columns: int, itemsize: int) -> int:
     return plgpu.find_swizzle(8 * itemsize * columns)
-
-
-def _tiles_evenly(n: int, width: int) -> bool:
-    """Whether Pallas can tile rows of n contiguous elements by `width` (see `_Ring`)."""
-    return n % width == 0 or n < width
-
-
-def _stage_bytes(config: MosaicConfig) -> int:
-    return 2 * config.tile_k * (config.rows + config.tile_n)
-
-
-def _smem_bytes(config: MosaicConfig, leaves: int, out_dtype: Any) -> int:
-    """Shared memory of a CTA: the stages, the staged output, and the subtrees that wait there."""
-    width = min(_BLOCK_BYTES // out_dtype.itemsize, config.tile_n)
-    staged = min(2 * width, config.tile_n) * config.rows * out_dtype.itemsize
-    saved = 4 * config.rows * config.tile_n if leaves // config.split > 2 else 0
-    return config.stages * _stage_bytes(config) + staged + saved
 
 
 def _check_operands(
@@ -489,35 +696,8 @@ def _check_operands(
     return m, n, k
 
 
-def _check_config(problem: _Problem) -> None:
-    """Says what is wrong with a tiling given by hand; `choose_config`'s pass."""
-    config, leaf = problem.config, problem.k // problem.leaves
-    if config.split < 1 or problem.leaves % config.split:
-        raise ValueError(f"split={config.split} does not cut {problem.leaves} leaves evenly")
-    if config.tile_k not in (16, 32, 64) or leaf % config.tile_k:
-        raise ValueError(f"tile_k={config.tile_k} must be 16, 32 or 64 and divide the leaf of {leaf}")
-    if config.tile_m % 64 or config.rows not in range(64, 257) or config.tile_n not in range(16, 257, 16):
-        raise ValueError(
-            f"a tile of {config.consumers} * {config.tile_m} rows and {config.tile_n} columns is not possible; "
-            "use a multiple of 64 rows a consumer and of 16 columns, at most 256 of each in all"
-        )
-    even = config.tile_n % config.tile_k == 0 and _tiles_evenly(problem.n, config.tile_k)
-    if not (problem.transpose_rhs or even or config.tile_n == config.tile_k):
-        raise ValueError(
-            f"n={problem.n} columns of w [K, N] do not divide into tile_n={config.tile_n} at "
-            f"tile_k={config.tile_k}; use tile_n={config.tile_k}"
-        )
-    used = _smem_bytes(config, problem.leaves, problem.item_dtype)
-    fitting = config.stages + (_SMEM_BYTES - used) // _stage_bytes(config)
-    if not 0 < config.stages <= min(fitting, 32):  # 32: phases of a ring's barriers share one register
-        raise ValueError(
-            f"stages={config.stages} need {used} bytes of shared memory of {_SMEM_BYTES}; use 1 to "
-            f"{min(fitting, 32)}, or smaller tiles"
-        )
-
-
-def _count_sms() -> int:
-    """SMs of the default device, which must be a Hopper GPU."""
+def _resident_clusters(size: int) -> int:
+    """Clusters of `size` CTAs that the default device, which must be a Hopper GPU, runs at once."""
     device = jax.extend.backend.get_default_device()
     capability = str(getattr(device, "compute_capability", "none"))
     if not capability.startswith("9."):
@@ -525,4 +705,5 @@ def _count_sms() -> int:
             f"mosaic_gpu needs a Hopper GPU (compute capability 9.x) and the default device is {device} "
             f"({capability}); use backend='reference' there"
         )
-    return getattr(device, "core_count", _SMS)
+    sms = getattr(device, "core_count", RESIDENT_CLUSTERS[1])
+    return RESIDENT_CLUSTERS[size] if sms == RESIDENT_CLUSTERS[1] else max(1, sms // size * 7 // 8)

@@ -40,15 +40,15 @@ def lookup(device_kind: str, m: int, n: int, k: int, leaves: int, transpose_rhs:
         transpose_rhs: Whether w is [n, k].
 
     Returns:
-        The entry for the fewest rows that are at least m; None where the table has none or defers to the rule.
+        The entry for the fewest rows that are at least m, or else for the most rows; None where the table has none or
+        defers to the rule.
 
     Raises:
         ValueError: The file is malformed; it names the line.
     """
-    for most, config in _table(device_kind).get((k, n, leaves, transpose_rhs), ()):
-        if m <= most:
-            return None if config is None else dict(config)
-    return None
+    entries = _table(device_kind).get((k, n, leaves, transpose_rhs), ((0, None),))
+    config = next((config for most, config in entries if m <= most), entries[-1][1])
+    return None if config is None else dict(config)
 
 
 @functools.cache

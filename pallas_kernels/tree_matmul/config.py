@@ -1,0 +1,333 @@
+"""How the Hopper kernel tiles a product: the configurations, what they need, and which one runs.
+
+Nothing here can change a bit of a result, only its speed.
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Iterator
+from typing import Literal
+
+import jax
+import jax.extend.backend
+
+from . import tuned
+
+SMEM_BYTES = 227 * 1024 - 1024  # of a Hopper CTA, less room for barriers
+#: Clusters of 1, 2, 4 and 8 CTAs that an H200 was seen to run at once: a cluster lies within one GPC's SMs.
+RESIDENT_CLUSTERS = {1: 132, 2: 66, 4: 30, 8: 15}
+_BLOCK_BYTES = 128  # width of a staged block of the output: the widest swizzle
+_MAX_STAGES = 32  # phases of a ring's barriers share one register
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MosaicConfig:
+    """How the product is tiled.
+
+    Attributes:
+        split: Parts that the leaves of an output tile are cut into: 1, 2, 4 or 8. Each is a CTA of one cluster, which
+            exchange their sums through distributed shared memory.
+        multicast: CTAs of one cluster, 1 or 2, that take output tiles above one another and share their tiles of w.
+        consumers: Warpgroups that multiply. The CTA's tile has consumers * tile_m rows.
+        tile_m: Rows of one consumer, a multiple of 64.
+        tile_n: Columns of the tile, a multiple of 16.
+        tile_k: Depth of one box that TMA copies: 64, 32 or 16.
+        boxes: Boxes in one stage; boxes * tile_k divides the leaf.
+        stages: Stages in flight.
+        group: Leaves that are added up in registers: 1, 2, 4 or 8. Two of them need as many accumulators, four need
+            three, eight need four.
+        overlap: Whether a group's sum moves on while the next group is multiplied, in registers of its own. Where a
+            part has more leaves than a group, it has to.
+        shared: Blocks of sums of groups that wait in shared memory, the lowest tree level first (see `block`); the rest
+            waits in global memory.
+        snake: Width of the snake in which the CTAs walk the output tiles, for hits in L2.
+        snake_rows: Whether the snake is as wide in rows of tiles instead of columns.
+    """
+
+    split: int = 1
+    multicast: int = 1
+    consumers: int
+    tile_m: int = 64
+    tile_n: int
+    tile_k: int
+    boxes: int = 1
+    stages: int
+    group: int = 1
+    overlap: bool = True
+    shared: int = 0
+    snake: int = 8
+    snake_rows: bool = False
+
+    @property
+    def kind(self) -> Literal["serial", "cluster"]:
+        return "serial" if self.split == 1 else "cluster"
+
+    @property
+    def rows(self) -> int:
+        return self.consumers * self.tile_m
+
+    @property
+    def depth(self) -> int:
+        """k's of one stage."""
+        return self.boxes * self.tile_k
+
+    @property
+    def cluster(self) -> int:
+        return self.split * self.multicast
+
+    @property
+    def block(self) -> int:
+        """Columns of a saved subtree that are kept together."""
+        return next(w for w in (64, 32, 16) if self.tile_n % w == 0)
+
+    @property
+    def out_columns(self) -> int:
+        """Columns of the tile that one CTA stores."""
+        return self.tile_n // self.split
+
+    def saved_blocks(self, leaves: int) -> int:
+        """Blocks that wait for their siblings at a time: a tile for each tree level above the groups."""
+        part = leaves // self.split
+        return ((part // min(self.group, part)).bit_length() - 1) * (self.tile_n // self.block)
+
+    def shared_blocks(self, leaves: int) -> int:
+        return min(self.shared, self.saved_blocks(leaves))
+
+    def global_blocks(self, leaves: int) -> int:
+        return self.saved_blocks(leaves) - self.shared_blocks(leaves)
+
+    def x_rows(self, m: int) -> int:
+        """Rows of x that are copied for a tile: not more than there are, in eights."""
+        return min(self.rows, -(-m // 8) * 8)
+
+    def shares(self, leaves: int) -> bool:
+        """Whether the staged output uses the memory of saved subtrees: none waits any more when the output is stored.
+
+        With a split a consumer's share of the memory would not be the same for both.
+        """
+        return self.split == 1 and self.shared_blocks(leaves) > 0
+
+    def staged(self, leaves: int, itemsize: int) -> tuple[int, int]:
+        """Slots a consumer and columns of the staged blocks of the output."""
+        width = min(_BLOCK_BYTES // itemsize, self.out_columns, self.block)
+        if self.shares(
+            leaves
+        ):  # as many as make up a saved block: every consumer's share begins at the same place
+            return self.block * 4 // (width * itemsize), width
+        return min(2, self.out_columns // width), width
+
+    def stage_bytes(self, m: int) -> int:
+        return 2 * self.depth * (self.x_rows(m) + self.tile_n)
+
+    def smem_bytes(self, m: int, leaves: int, itemsize: int = 4) -> int:
+        """Shared memory of a CTA: the stages, the staged output, and subtrees that wait."""
+        slots, width = self.staged(leaves, itemsize)
+        staged = slots * width * self.rows * itemsize
+        saved = self.shared_blocks(leaves) * self.rows * self.block * 4
+        aside = max(staged, saved) if self.shares(leaves) else staged + saved
+        return self.stages * self.stage_bytes(m) + 2 * self.tile_k * (self.rows - self.x_rows(m)) + aside
+
+    def with_stages(self, m: int, leaves: int, most: int = 12) -> "MosaicConfig":
+        """This configuration with as many stages as fit for every output type, and not more than the loop has."""
+        empty = dataclasses.replace(self, stages=0)
+        fitting = (
+            SMEM_BYTES - max(empty.smem_bytes(m, leaves, size) for size in (2, 4))
+        ) // self.stage_bytes(m)
+        return dataclasses.replace(self, stages=min(most, fitting))
+
+
+def tiles_evenly(n: int, width: int) -> bool:
+    """Whether Pallas can tile rows of n contiguous elements by `width` (see `mosaic_gpu._Ring`)."""
+    return n % width == 0 or n < width
+
+
+def check_config(
+    config: MosaicConfig, *, m: int, n: int, k: int, leaves: int, transpose_rhs: bool, itemsize: int
+) -> None:
+    """Says what is wrong with a configuration; `candidate_configs`' pass.
+
+    Raises:
+        ValueError: with the numbers and what would do.
+    """
+    leaf = k // leaves
+    if config.split not in (1, 2, 4, 8) or leaves % config.split:
+        raise ValueError(f"split={config.split} does not cut {leaves} leaves evenly")
+    if config.group not in (1, 2, 4, 8):
+        raise ValueError(f"group={config.group} must be 1, 2, 4 or 8")
+    if not config.overlap and leaves // config.split > config.group:
+        raise ValueError(
+            f"overlap=False needs a group of {leaves // config.split} leaves, not {config.group}"
+        )
+    if config.multicast not in (1, 2) or config.cluster > 8:
+        raise ValueError(
+            f"multicast={config.multicast} with split={config.split}; use 1 or 2, and a cluster of at most 8"
+        )
+    if config.tile_k not in (16, 32, 64) or config.boxes < 1 or leaf % config.depth:
+        raise ValueError(
+            f"{config.boxes} boxes of tile_k={config.tile_k} must be of 16, 32 or 64 and divide the leaf of {leaf}"
+        )
+    if config.tile_m % 64 or config.rows not in range(64, 257) or config.tile_n not in range(16, 257, 16):
+        raise ValueError(
+            f"a tile of {config.consumers} * {config.tile_m} rows and {config.tile_n} columns is not possible; "
+            "use a multiple of 64 rows a consumer and of 16 columns, at most 256 of each in all"
+        )
+    if config.split > 1 and (config.out_columns % 16 or config.tile_n % config.split):
+        raise ValueError(
+            f"split={config.split} leaves {config.out_columns} columns of tile_n={config.tile_n} to each part; "
+            f"use a multiple of {16 * config.split}"
+        )
+    even = config.tile_n % config.tile_k == 0 and tiles_evenly(n, config.tile_k)
+    if not (transpose_rhs or even or config.tile_n == config.tile_k):
+        raise ValueError(
+            f"n={n} columns of w [K, N] do not divide into tile_n={config.tile_n} at "
+            f"tile_k={config.tile_k}; use tile_n={config.tile_k}"
+        )
+    used = config.smem_bytes(m, leaves, itemsize)
+    fitting = min(config.stages + (SMEM_BYTES - used) // config.stage_bytes(m), _MAX_STAGES)
+    if not 2 <= config.stages <= fitting:  # a stage is freed when the next one is being multiplied
+        raise ValueError(
+            f"stages={config.stages} need {used} bytes of shared memory of {SMEM_BYTES}; use 2 to "
+            f"{fitting}, or smaller tiles"
+        )
+
+
+def choose_config(
+    m: int, n: int, k: int, leaves: int, *, transpose_rhs: bool = False, device_kind: str | None = None
+) -> MosaicConfig:
+    """The configuration for x [m, k] @ w: the one measured fastest, or the one estimated fastest.
+
+    Args:
+        m: Rows of x.
+        n: Columns of the product.
+        k: Length of the contraction.
+        leaves: Leaves that k is cut into.
+        transpose_rhs: Whether w is [n, k].
+        device_kind: As JAX names it; the default device's by default.
+    """
+    if device_kind is None:
+        device_kind = jax.extend.backend.get_default_device().device_kind
+    fields = tuned.lookup(device_kind, m, n, k, leaves, transpose_rhs)
+    if fields is not None:
+        return MosaicConfig(**fields)
+    return candidate_configs(m, n, k, leaves, transpose_rhs=transpose_rhs)[0]
+
+
+@functools.cache
+def candidate_configs(
+    m: int, n: int, k: int, leaves: int, *, transpose_rhs: bool = False
+) -> tuple[MosaicConfig, ...]:
+    """The configurations worth trying for x [m, k] @ w, the best guess first.
+
+    The best guess of every split and width comes before any second guess, so that the first few differ.
+
+    Args:
+        m: Rows of x.
+        n: Columns of the product.
+        k: Length of the contraction.
+        leaves: Leaves that k is cut into.
+        transpose_rhs: Whether w is [n, k].
+    """
+    found = []
+    for config in _family(m, n, k, leaves, transpose_rhs):
+        try:
+            for itemsize in (2, 4):
+                check_config(
+                    config, m=m, n=n, k=k, leaves=leaves, transpose_rhs=transpose_rhs, itemsize=itemsize
+                )
+        except ValueError:
+            continue
+        found.append((_estimate(config, m, n, k, leaves, transpose_rhs), config))
+    found.sort(key=lambda pair: pair[0])
+    guesses: dict[tuple[int, int], int] = {}
+    ranked = []
+    for seconds, config in found:
+        kind = config.split, config.tile_n
+        guesses[kind] = guesses.get(kind, 0) + 1
+        ranked.append((guesses[kind], seconds, config))
+    ranked.sort(key=lambda entry: entry[:2])
+    return tuple(config for _, _, config in ranked)
+
+
+def _family(m: int, n: int, k: int, leaves: int, transpose_rhs: bool) -> Iterator[MosaicConfig]:
+    """Every combination that may pay, those that do not fit included."""
+    leaf = k // leaves
+    box = next(t for t in (64, 32, 16) if leaf % t == 0)
+    for width, split in itertools.product(_widths(m, n, leaves, box, transpose_rhs), (1, 2, 4, 8)):
+        part = leaves // split
+        if split > leaves or (m > 1024 and split > 1):
+            continue
+        tile_k = box if transpose_rhs or width >= box else width
+        depths = {tile_k, box} | ({d for d in (128, 256) if leaf % d == 0} if m <= 256 else set())
+        for depth, group in itertools.product(sorted(depths), _groups(part, width, few=m <= 512)):
+            config = MosaicConfig(
+                split=split,
+                consumers=1 if m <= 64 else 2,
+                tile_n=width,
+                tile_k=tile_k,
+                boxes=depth // tile_k,
+                stages=0,
+                group=group,
+                overlap=part > group,
+            )
+            saved = config.saved_blocks(leaves)
+            config = dataclasses.replace(config, shared=min(width // config.block, saved))
+            config = config.with_stages(m, leaves)
+            yield config
+            if m > 256 and width == 256:
+                yield dataclasses.replace(config, multicast=2)
+            if m > 1024:
+                yield dataclasses.replace(config, snake_rows=True)
+
+
+def _widths(m: int, n: int, leaves: int, box: int, transpose_rhs: bool) -> list[int]:
+    """Widths of a tile, columns."""
+    if not transpose_rhs and not tiles_evenly(n, box):
+        return [box]
+    least = 16 if m <= 128 else 64 if m <= 1024 else 128
+    # Beside the sums of leaves, registers hold no accumulator of 192 columns; without, it is seldom the best.
+    most = 256 if m <= 128 or leaves == 1 else 128
+    return [w for w in (16, 32, 64, 128, 192, 256) if min(n, least) <= w <= most and w <= max(16, n)] or [16]
+
+
+def _groups(part: int, width: int, few: bool) -> list[int]:
+    """Leaves that can be added up in registers: a thread has 240 of them, and needs some 40 for other things."""
+    fitting = [g for g, count in _ACCUMULATORS.items() if g <= part and count * width // 2 <= 192]
+    fitting = [g for g in fitting if g == part or width <= 192]  # beside a group's sum the next accumulator
+    # With few rows a CTA runs its code once or twice, and fetching more of it costs more than it saves.
+    return [g for g in fitting if g >= min(2, part)] if few else fitting[-1:]
+
+
+#: Accumulators that a group of leaves takes: one that is being added to, and one for each level at which one waits.
+_ACCUMULATORS = {1: 1, 2: 2, 4: 3, 8: 4}
+_HERTZ, _BANDWIDTH = 1.75e9, 4.1e12  # of an H200 at work
+
+
+def _estimate(config: MosaicConfig, m: int, n: int, k: int, leaves: int, transpose_rhs: bool) -> float:
+    """Seconds that the product takes, roughly; fitted to measurements on an H200."""
+    rows = config.rows * config.multicast
+    tiles = -(-m // rows) * -(-n // config.tile_n)
+    rounds = -(-tiles // RESIDENT_CLUSTERS[config.cluster])
+    part = leaves // config.split
+    width, x_rows = config.tile_n, config.x_rows(m)
+    # Cycles for 64 k's: of the tensor cores, of shared memory, of the way there, and of the warps that order copies.
+    multiply = 4 * max(width // 2, 16) * config.consumers
+    through_smem = (config.consumers * (64 + width) + x_rows + width) * (0.9 if config.consumers > 1 else 0.7)
+    copy = (x_rows + width) * 128 / 60
+    order = 90 * 64 / config.tile_k
+    wait = 3840 / config.depth if config.consumers == 1 else 0
+    step = max(multiply, through_smem, copy, order) + wait
+    group = min(config.group, part)
+    merges = 150 * part + 4 * (part // group - 1) * (500 if config.shared else 1000)
+    if rounds <= 2:
+        merges += (500 if config.consumers == 1 else 200) * group  # its code comes from memory
+    epilogue = 900 + 10 * width
+    exchange = 0 if config.split == 1 else 1200 + 300 * config.split
+    cycles = rounds * (k / config.split / 64 * step + merges + epilogue + exchange)
+    # Short rows of w cost DRAM bandwidth.
+    rate = _BANDWIDTH * (1.0 if transpose_rhs else min(1.0, 0.5 + width / 128))
+    streaming = 2 * k * n / rate + (exchange + epilogue) / _HERTZ
+    # A ring of a few large stages runs dry more easily.
+    return (max(cycles / _HERTZ, streaming) + 1e-3 * cycles / _HERTZ) * (
+        1 + 0.03 * max(0, 6 - config.stages)
+    ) + 2e-6
