@@ -29,7 +29,7 @@ class Layer:
         k: Length of this rank's contraction.
         n: This rank's columns.
         leaves: This rank's leaves.
-        transpose_rhs: Whether the weights are stored [N, K], as the checkpoint of a vocabulary has them.
+        transpose_rhs: Whether the weights are stored [N, K]: the model keeps the checkpoint's layout where K is whole.
     """
 
     layer: str
@@ -78,5 +78,5 @@ def _layer(name: str, model: str, tp: int) -> Layer:
         k=k // tp if row else k,
         n=n if row else n // tp,
         leaves=plan.local_leaves(tp) if row else plan.leaves,
-        transpose_rhs=name == "lm_head",
+        transpose_rhs=not row,
     )

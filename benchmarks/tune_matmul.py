@@ -51,6 +51,8 @@ from tbik_jax.pallas_kernels.tree_matmul.mosaic_gpu import (
 )
 
 MS = (1, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+#: Up to here one row of tiles covers every row of x.
+_ONE_TILE = 128
 GAIN = 1.02  # an entry must be worth its line
 _NEAR = 1.12  # screened within this factor of the fastest: worth timing properly
 _FINALISTS = 6
@@ -336,25 +338,28 @@ def point_key(point: Point) -> tuple[Any, ...]:
 def table_of(points: list[Point]) -> tuned.Table:
     """The entries that the measured points ask for.
 
-    An entry serves the rows above the next smaller count of `MS`. So counts that were not measured, and those at which
-    the rule is as good, get a null, except after the last entry, where the rule applies anyway.
+    An entry serves the rows above the next smaller count that was measured, and above `_ONE_TILE` above the next
+    smaller count of `MS`: there the number of tiles matters. So counts of these that were not measured, and those at
+    which the rule is as good, get a null, except after the last entry, which serves all that is larger.
     """
     by_shape: dict[tuned.Key, dict[int, Config | None]] = {}
     for point in points:
         better = point.get("gain", float("inf")) > GAIN  # no gain: the rule's choice failed
         k, n, leaves, transpose_rhs, m = point_key(point)
-        configs = by_shape.setdefault((k, n, leaves, transpose_rhs), dict.fromkeys(MS))
+        unmeasured = dict.fromkeys(m for m in MS if m > _ONE_TILE)
+        configs = by_shape.setdefault((k, n, leaves, transpose_rhs), unmeasured)
         configs[m] = point["best"] if better else None
     table: tuned.Table = {}
     for key, configs in by_shape.items():
         entries: list[tuple[int, Config | None]] = []
+        measured = [point_key(p)[4] for p in points if point_key(p)[:4] == key]
         for m, config in sorted(configs.items()):
+            if m > max(measured):
+                break
             if entries and entries[-1][1] == config:
                 entries.pop()  # the next one serves its rows too
             entries.append((m, config))
-        if entries[-1][1] is None:
-            entries.pop()
-        if entries:
+        if any(config is not None for _, config in entries):
             table[key] = tuple(entries)
     return table
 

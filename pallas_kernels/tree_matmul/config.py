@@ -110,7 +110,8 @@ class MosaicConfig:
 
     def staged(self, leaves: int, itemsize: int) -> tuple[int, int]:
         """Slots a consumer and columns of the staged blocks of the output."""
-        width = min(_BLOCK_BYTES // itemsize, self.out_columns, self.block)
+        whole = (w for w in (64, 32, 16) if self.out_columns % w == 0 and self.block % w == 0)
+        width = next((w for w in whole if w * itemsize <= _BLOCK_BYTES), 16)
         if self.shares(
             leaves
         ):  # as many as make up a saved block: every consumer's share begins at the same place
