@@ -17,6 +17,8 @@ from . import tuned
 SMEM_BYTES = 227 * 1024 - 1024  # of a Hopper CTA, less room for barriers
 #: Clusters of 1, 2, 4 and 8 CTAs that an H200 was seen to run at once: a cluster lies within one GPC's SMs.
 RESIDENT_CLUSTERS = {1: 132, 2: 66, 4: 30, 8: 15}
+#: Widths whose bits nobody has compared on a GPU yet: candidates for the tuner and the check, never chosen by the rule.
+UNPROVEN_WIDTHS = (160,)
 _BLOCK_BYTES = 128  # width of a staged block of the output: the widest swizzle
 _MAX_STAGES = 32  # phases of a ring's barriers share one register
 
@@ -211,7 +213,8 @@ def choose_config(
     fields = tuned.lookup(device_kind, m, n, k, leaves, transpose_rhs)
     if fields is not None:
         return MosaicConfig(**fields)
-    return candidate_configs(m, n, k, leaves, transpose_rhs=transpose_rhs)[0]
+    candidates = candidate_configs(m, n, k, leaves, transpose_rhs=transpose_rhs)
+    return next(config for config in candidates if config.tile_n not in UNPROVEN_WIDTHS)
 
 
 @functools.cache
@@ -256,9 +259,9 @@ def _family(m: int, n: int, k: int, leaves: int, transpose_rhs: bool) -> Iterato
     box = next(t for t in (64, 32, 16) if leaf % t == 0)
     for width, split in itertools.product(_widths(m, n, leaves, box, transpose_rhs), (1, 2, 4, 8)):
         part = leaves // split
-        if split > leaves or (m > 1024 and split > 1):
+        if split > leaves or (m > 512 and split > 1):
             continue
-        tile_k = box if transpose_rhs or width >= box else width
+        tile_k = box if transpose_rhs else next(t for t in (64, 32, 16) if t <= box and width % t == 0)
         depths = {tile_k, box} | ({d for d in (128, 256) if leaf % d == 0} if m <= 256 else set())
         for depth, group in itertools.product(sorted(depths), _groups(part, width, few=m <= 512)):
             config = MosaicConfig(
@@ -272,6 +275,8 @@ def _family(m: int, n: int, k: int, leaves: int, transpose_rhs: bool) -> Iterato
                 overlap=part > group,
             )
             saved = config.saved_blocks(leaves)
+            if width == 160 and saved:  # shared memory is scarce
+                yield config.with_stages(m, leaves)
             config = dataclasses.replace(config, shared=min(width // config.block, saved))
             config = config.with_stages(m, leaves)
             yield config
@@ -286,9 +291,10 @@ def _widths(m: int, n: int, leaves: int, box: int, transpose_rhs: bool) -> list[
     if not transpose_rhs and not tiles_evenly(n, box):
         return [box]
     least = 16 if m <= 128 else 64 if m <= 1024 else 128
-    # Beside the sums of leaves, registers hold no accumulator of 192 columns; without, it is seldom the best.
-    most = 256 if m <= 128 or leaves == 1 else 128
-    return [w for w in (16, 32, 64, 128, 192, 256) if min(n, least) <= w <= most and w <= max(16, n)] or [16]
+    # Beside the sums of leaves, registers hold no accumulator of 192 columns.
+    most = 256 if m <= 128 or leaves == 1 else 160
+    widths = [16, 32, 64, 128, 192, 256] if m <= 256 else [64, 128, 160, 192, 256]
+    return [w for w in widths if min(n, least) <= w <= most and w <= max(16, n)] or [16]
 
 
 def _groups(part: int, width: int, few: bool) -> list[int]:
@@ -316,14 +322,18 @@ def _estimate(config: MosaicConfig, m: int, n: int, k: int, leaves: int, transpo
     through_smem = (config.consumers * (64 + width) + x_rows + width) * (0.9 if config.consumers > 1 else 0.7)
     copy = (x_rows + width) * 128 / 60
     order = 90 * 64 / config.tile_k
-    wait = 3840 / config.depth if config.consumers == 1 else 0
+    wait = (3840 if config.consumers == 1 else 640) / config.depth
     step = max(multiply, through_smem, copy, order) + wait
     group = min(config.group, part)
     merges = 150 * part + 4 * (part // group - 1) * (500 if config.shared else 1000)
     if rounds <= 2:
         merges += (500 if config.consumers == 1 else 200) * group  # its code comes from memory
     epilogue = 900 + 10 * width
-    exchange = 0 if config.split == 1 else 1200 + 300 * config.split
+    exchange = (
+        0
+        if config.split == 1
+        else 1200 + 300 * config.split + config.rows * width * (config.consumers - 1) / 3
+    )
     cycles = rounds * (k / config.split / 64 * step + merges + epilogue + exchange)
     # Short rows of w cost DRAM bandwidth.
     rate = _BANDWIDTH * (1.0 if transpose_rhs else min(1.0, 0.5 + width / 128))
