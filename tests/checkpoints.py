@@ -70,7 +70,7 @@ def expected_parameters(
         }
         parameters |= {f"layers.{i}.{name}": value for name, value in _layer(config, layer).items()}
     if not config["tie_word_embeddings"]:
-        parameters["lm_head_weight_dv"] = tensors[HEAD].T
+        parameters["lm_head_weight_vd"] = tensors[HEAD]
     return parameters
 
 
@@ -82,9 +82,9 @@ def _layer(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> dict
         "post_attention_norm.scale_d": tensors["post_attention_layernorm"],
         "attention.q_norm.scale_d": tensors["self_attn.q_norm"],
         "attention.k_norm.scale_d": tensors["self_attn.k_norm"],
-        "attention.qkv_weight_dkgh": qkv,
+        "attention.qkv_weight_kghd": qkv,
         "attention.o_weight_kqhd": o,
-        "mlp.gate_up_weight_dcf": np.array([[gate[:, d], up[:, d]] for d in range(config["hidden_size"])]),
+        "mlp.gate_up_weight_cfd": np.array([gate, up]),
         "mlp.down_weight_fd": tensors["mlp.down_proj"].T,
     }
 
@@ -93,16 +93,16 @@ def _attention(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> 
     kv_heads, h, d = config["num_key_value_heads"], config["head_dim"], config["hidden_size"]
     per_kv = config["num_attention_heads"] // kv_heads
     dtype = tensors["self_attn.q_proj"].dtype
-    qkv, o = np.zeros((d, kv_heads, per_kv + 2, h), dtype), np.zeros((kv_heads, per_kv, h, d), dtype)
+    qkv, o = np.zeros((kv_heads, per_kv + 2, h, d), dtype), np.zeros((kv_heads, per_kv, h, d), dtype)
     for kv in range(kv_heads):
         for j in range(per_kv):
             head = kv * per_kv + j  # Hugging Face repeats a KV head for per_kv query heads in a row
             rows = slice(head * h, (head + 1) * h)
-            qkv[:, kv, j] = tensors["self_attn.q_proj"][rows].T
+            qkv[kv, j] = tensors["self_attn.q_proj"][rows]
             o[kv, j] = tensors["self_attn.o_proj"][:, rows].T
         rows = slice(kv * h, (kv + 1) * h)
-        qkv[:, kv, per_kv] = tensors["self_attn.k_proj"][rows].T
-        qkv[:, kv, per_kv + 1] = tensors["self_attn.v_proj"][rows].T
+        qkv[kv, per_kv] = tensors["self_attn.k_proj"][rows]
+        qkv[kv, per_kv + 1] = tensors["self_attn.v_proj"][rows]
     return qkv, o
 
 

@@ -73,7 +73,7 @@ def test_score_too_long(model):
 
 def test_nan_weights_are_reported_not_sampled_from():
     model = small_model()
-    model.lm_head_weight_dv[...] = model.lm_head_weight_dv[...].at[3, 100].set(jnp.nan)
+    model.lm_head_weight_vd[...] = model.lm_head_weight_vd[...].at[100, 3].set(jnp.nan)
     for sampling in (SamplingParams(), SamplingParams(temperature=1.0, top_k=3)):
         with pytest.raises(
             FloatingPointError, match="logits of prompt 0 for position 5 hold NaN or infinity"

@@ -60,7 +60,7 @@ def read_parameter(
 
     Args:
         config: of the model.
-        path: of the parameter in the module, e.g. ("layers", 0, "attention", "qkv_weight_dkgh").
+        path: of the parameter in the module, e.g. ("layers", 0, "attention", "qkv_weight_kghd").
         index: one slice with explicit bounds a dimension.
         reader: of the checkpoint.
 
@@ -84,14 +84,14 @@ def _transposed(name: str) -> _Reading:
 
 
 def _qkv(config: Qwen3Config, prefix: str, index: Index, reader: TensorReader) -> np.ndarray:
-    d, kv, g, h = index
+    kv, g, h, d = index
     heads, size = kv.stop - kv.start, config.head_dim
     parts = []
     for name, per_kv in (("q", config.queries_per_kv), ("k", 1), ("v", 1)):
         rows = slice(kv.start * per_kv * size, kv.stop * per_kv * size)
         part = reader.read(f"{prefix}self_attn.{name}_proj.weight", rows, d)
         parts.append(part.reshape(heads, per_kv, size, -1))
-    return np.concatenate(parts, axis=1).transpose(3, 0, 1, 2)[:, :, g, h]
+    return np.concatenate(parts, axis=1)[:, g, h]
 
 
 def _o(config: Qwen3Config, prefix: str, index: Index, reader: TensorReader) -> np.ndarray:
@@ -102,23 +102,23 @@ def _o(config: Qwen3Config, prefix: str, index: Index, reader: TensorReader) -> 
 
 
 def _gate_up(config: Qwen3Config, prefix: str, index: Index, reader: TensorReader) -> np.ndarray:
-    d, c, f = index
+    c, f, d = index
     names = [("gate", "up")[i] for i in range(c.start, c.stop)]
-    return np.stack([reader.read(f"{prefix}mlp.{name}_proj.weight", f, d).T for name in names], axis=1)
+    return np.stack([reader.read(f"{prefix}mlp.{name}_proj.weight", f, d) for name in names])
 
 
 _OUTSIDE: Mapping[str, _Reading] = {
     "embedding_vd": _as_stored("model.embed_tokens"),
     "final_norm.scale_d": _as_stored("model.norm"),
-    "lm_head_weight_dv": _transposed("lm_head"),
+    "lm_head_weight_vd": _as_stored("lm_head"),
 }
 _LAYER: Mapping[str, _Reading] = {
     "input_norm.scale_d": _as_stored("input_layernorm"),
     "post_attention_norm.scale_d": _as_stored("post_attention_layernorm"),
     "attention.q_norm.scale_d": _as_stored("self_attn.q_norm"),
     "attention.k_norm.scale_d": _as_stored("self_attn.k_norm"),
-    "attention.qkv_weight_dkgh": _qkv,
+    "attention.qkv_weight_kghd": _qkv,
     "attention.o_weight_kqhd": _o,
-    "mlp.gate_up_weight_dcf": _gate_up,
+    "mlp.gate_up_weight_cfd": _gate_up,
     "mlp.down_weight_fd": _transposed("mlp.down_proj"),
 }

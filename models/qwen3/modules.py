@@ -70,12 +70,13 @@ class RmsNorm(nnx.Module):
 class Attention(nnx.Module):
     """Grouped-query attention with normalised queries and keys.
 
-    Queries, key and value of a KV head lie side by side in one weight, so that a cut over KV heads is one matmul.
+    Queries, key and value of a KV head lie side by side in one weight, so that a cut over KV heads is one matmul. It is
+    stored [N, K], as every column-parallel weight is: see `sharding.py`.
     """
 
     def __init__(self, config: Qwen3Config, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
         d, k, q, h = config.hidden_size, config.num_key_value_heads, config.queries_per_kv, config.head_dim
-        self.qkv_weight_dkgh = _normal(rngs, (d, k, q + 2, h), d, dtype)
+        self.qkv_weight_kghd = _normal(rngs, (k, q + 2, h, d), d, dtype)
         self.o_weight_kqhd = _normal(rngs, (k, q, h, d), k * q * h, dtype)
         self.q_norm = RmsNorm(h, config.rms_norm_eps, dtype)
         self.k_norm = RmsNorm(h, config.rms_norm_eps, dtype)
@@ -84,11 +85,10 @@ class Attention(nnx.Module):
         self, x: jax.Array, batch: Batch, cache: LayerCache, parallel: Parallel
     ) -> tuple[jax.Array, LayerCache]:
         ops = parallel.numerics
-        weight = parallel.weight("qkv_weight_dkgh", self.qkv_weight_dkgh[...])
-        d, kv_heads, g, h = weight.shape
-        qkv = ops.column_parallel(x, weight.reshape(d, kv_heads * g * h)).reshape(
-            *x.shape[:2], kv_heads, g, h
-        )
+        weight = parallel.weight("qkv_weight_kghd", self.qkv_weight_kghd[...])
+        kv_heads, g, h, d = weight.shape
+        qkv = ops.column_parallel(x, weight.reshape(kv_heads * g * h, d))
+        qkv = qkv.reshape(*x.shape[:2], kv_heads, g, h)
         q, k, v = qkv[..., :-2, :], qkv[..., -2, :], qkv[..., -1, :]
         q = q.reshape(*x.shape[:2], kv_heads * (g - 2), h)
         cos, sin = batch.cos[batch.positions], batch.sin[batch.positions]
@@ -115,14 +115,14 @@ class Mlp(nnx.Module):
 
     def __init__(self, config: Qwen3Config, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
         d, f = config.hidden_size, config.intermediate_size
-        self.gate_up_weight_dcf = _normal(rngs, (d, 2, f), d, dtype)
+        self.gate_up_weight_cfd = _normal(rngs, (2, f, d), d, dtype)
         self.down_weight_fd = _normal(rngs, (f, d), f, dtype)
 
     def __call__(self, x: jax.Array, parallel: Parallel) -> jax.Array:
         ops = parallel.numerics
-        weight = parallel.weight("gate_up_weight_dcf", self.gate_up_weight_dcf[...])
-        d, _, f = weight.shape
-        gate_up = ops.column_parallel(x, weight.reshape(d, 2 * f))
+        weight = parallel.weight("gate_up_weight_cfd", self.gate_up_weight_cfd[...])
+        _, f, d = weight.shape
+        gate_up = ops.column_parallel(x, weight.reshape(2 * f, d))
         hidden = ops.swiglu(gate_up[..., :f], gate_up[..., f:])
         return ops.row_parallel(hidden, parallel.weight("down_weight_fd", self.down_weight_fd[...]))
 
@@ -167,7 +167,7 @@ class Qwen3(nnx.Module):
         self.layers = nnx.List([Layer(config, dtype, rngs) for _ in range(config.num_hidden_layers)])
         self.final_norm = RmsNorm(d, config.rms_norm_eps, dtype)
         if not config.tie_word_embeddings:
-            self.lm_head_weight_dv = _normal(rngs, (d, v), d, dtype)
+            self.lm_head_weight_vd = _normal(rngs, (v, d), d, dtype)
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -229,9 +229,9 @@ class Qwen3(nnx.Module):
         """Logits float32 [..., V/tp] of this rank's part of the vocabulary, from hidden states [..., D]."""
         ops = parallel.numerics
         if self.config.tie_word_embeddings:
-            table = parallel.weight("embedding_vd", self.embedding_vd[...])
-            return ops.column_parallel(hidden, table, out_dtype=jnp.float32, transpose_rhs=True)
-        weight = parallel.weight("lm_head_weight_dv", self.lm_head_weight_dv[...])
+            weight = parallel.weight("embedding_vd", self.embedding_vd[...])
+        else:
+            weight = parallel.weight("lm_head_weight_vd", self.lm_head_weight_vd[...])
         return ops.column_parallel(hidden, weight, out_dtype=jnp.float32)
 
 

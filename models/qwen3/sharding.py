@@ -9,11 +9,11 @@ Axes = tuple[str | None, ...]
 #: The config field that sets the dimension which tp cuts.
 _CUT_OVER_TP = {
     "embedding_vd": "vocab_size",
-    "qkv_weight_dkgh": "num_key_value_heads",
+    "qkv_weight_kghd": "num_key_value_heads",
     "o_weight_kqhd": "num_key_value_heads",
-    "gate_up_weight_dcf": "intermediate_size",
+    "gate_up_weight_cfd": "intermediate_size",
     "down_weight_fd": "intermediate_size",
-    "lm_head_weight_dv": "vocab_size",
+    "lm_head_weight_vd": "vocab_size",
 }
 
 
@@ -23,14 +23,18 @@ class Qwen3Sharding:
 
     v vocabulary, d hidden (of a scale: the normalised size), k KV head, g the queries of a KV head and then its key and
     its value, q the queries of a KV head, h head_dim, c gate and up, f intermediate.
+
+    Column-parallel weights (qkv, gate_up, lm_head) end in the d that they contract, [N, K] as in a Hugging Face
+    checkpoint. With few rows a GPU wants narrow tiles: in that layout their segments of 128 bytes along K stay whole,
+    and a shard of N that is no multiple of a tile costs nothing. Row-parallel weights (o, down) are [K, N].
     """
 
     embedding_vd: Axes = ("tp", "fsdp")
-    qkv_weight_dkgh: Axes = ("fsdp", "tp", None, None)
+    qkv_weight_kghd: Axes = ("tp", None, None, "fsdp")
     o_weight_kqhd: Axes = ("tp", None, None, "fsdp")
-    gate_up_weight_dcf: Axes = ("fsdp", None, "tp")
+    gate_up_weight_cfd: Axes = (None, "tp", "fsdp")
     down_weight_fd: Axes = ("tp", "fsdp")
-    lm_head_weight_dv: Axes = ("fsdp", "tp")
+    lm_head_weight_vd: Axes = ("tp", "fsdp")
     scale_d: Axes = (None,)
 
     def partition_spec(self, name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:

@@ -23,9 +23,8 @@ class Numerics(Protocol):
         w: jax.Array,
         *,
         out_dtype: jax.typing.DTypeLike | None = None,
-        transpose_rhs: bool = False,
     ) -> jax.Array:
-        """x [..., K] @ this rank's columns w [K, N/tp] (or rows of w [N/tp, K]); K is whole."""
+        """x [..., K] times this rank's rows of w, stored [N/tp, K]: [..., N/tp]; K is whole."""
         ...
 
     def row_parallel(self, x: jax.Array, w: jax.Array) -> jax.Array:

@@ -29,18 +29,11 @@ class InvariantNumerics:
         w: jax.Array,
         *,
         out_dtype: jax.typing.DTypeLike | None = None,
-        transpose_rhs: bool = False,
     ) -> jax.Array:
-        columns = w.shape[0 if transpose_rhs else 1] * lax.axis_size(TP)
+        columns = w.shape[0] * lax.axis_size(TP)
         plan = plan_contraction(k=x.shape[-1], n=columns, dtype=x.dtype, role="column")
-        return tree_matmul(
-            x,
-            w,
-            plan.leaves,
-            out_dtype=out_dtype,
-            transpose_rhs=transpose_rhs,
-            backend=self._backend(x.dtype),
-        )
+        backend = self._backend(x.dtype)
+        return tree_matmul(x, w, plan.leaves, out_dtype=out_dtype, transpose_rhs=True, backend=backend)
 
     def row_parallel(self, x: jax.Array, w: jax.Array) -> jax.Array:
         ranks = lax.axis_size(TP)

@@ -19,9 +19,8 @@ class PlainNumerics:
         w: jax.Array,
         *,
         out_dtype: jax.typing.DTypeLike | None = None,
-        transpose_rhs: bool = False,
     ) -> jax.Array:
-        dims = (((x.ndim - 1,), (1 if transpose_rhs else 0,)), ((), ()))
+        dims = (((x.ndim - 1,), (1,)), ((), ()))
         out = lax.dot_general(x, w, dims, preferred_element_type=jnp.float32)
         return out.astype(x.dtype if out_dtype is None else out_dtype)
 

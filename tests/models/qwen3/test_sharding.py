@@ -56,7 +56,7 @@ def test_the_table_holds_the_fields_of_the_module_and_no_others() -> None:
     used = {field_of(name) for name in shapes(Qwen3Config.from_dict(UNTIED))}
     assert used == {field.name for field in dataclasses.fields(Qwen3Sharding)}
     tied = {field_of(name) for name in shapes(Qwen3Config.from_dict(TINY))}
-    assert used - tied == {"lm_head_weight_dv"}
+    assert used - tied == {"lm_head_weight_vd"}
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -130,11 +130,11 @@ def test_the_shapes_of_8b_on_8_ranks() -> None:
     }
     assert local == {
         "embedding_vd": (37984, 2048),
-        "qkv_weight_dkgh": (2048, 2, 6, 128),
+        "qkv_weight_kghd": (2, 6, 128, 2048),
         "o_weight_kqhd": (2, 4, 128, 2048),
-        "gate_up_weight_dcf": (2048, 2, 3072),
+        "gate_up_weight_cfd": (2, 3072, 2048),
         "down_weight_fd": (3072, 2048),
-        "lm_head_weight_dv": (2048, 37984),
+        "lm_head_weight_vd": (37984, 2048),
     }
 
 
@@ -162,11 +162,11 @@ def test_fsdp_is_decided_for_each_parameter() -> None:
 @pytest.mark.parametrize(
     ("field", "shape", "tp", "words"),
     [
-        ("qkv_weight_dkgh", (64, 4, 4, 16), 8, ("num_key_value_heads=4", "tp=8", "use tp=1 or 2 or 4")),
+        ("qkv_weight_kghd", (4, 4, 16, 64), 8, ("num_key_value_heads=4", "tp=8", "use tp=1 or 2 or 4")),
         ("o_weight_kqhd", (2, 4, 16, 64), 4, ("num_key_value_heads=2", "tp=4", "use tp=1 or 2")),
         ("embedding_vd", (1001, 64), 2, ("vocab_size=1001", "tp=2", "use tp=1")),
-        ("lm_head_weight_dv", (64, 1004), 8, ("vocab_size=1004", "tp=8", "use tp=1 or 2 or 4")),
-        ("gate_up_weight_dcf", (64, 2, 36), 8, ("intermediate_size=36", "tp=8", "use tp=1 or 2 or 4")),
+        ("lm_head_weight_vd", (1004, 64), 8, ("vocab_size=1004", "tp=8", "use tp=1 or 2 or 4")),
+        ("gate_up_weight_cfd", (2, 36, 64), 8, ("intermediate_size=36", "tp=8", "use tp=1 or 2 or 4")),
         ("down_weight_fd", (38, 64), 4, ("intermediate_size=38", "tp=4", "use tp=1 or 2")),
     ],
 )
