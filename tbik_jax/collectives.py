@@ -177,7 +177,9 @@ _scatter.defvjp(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def _all_gather(x: jax.Array, axes: tuple[str, ...], dim: int, tiled: bool) -> jax.Array:
-    return lax.all_gather(x, axes, axis=dim, tiled=tiled)
+    # Gathered along the first dimension and moved: along another one XLA transposes elements before and after.
+    stacked = jnp.moveaxis(lax.all_gather(x, axes), 0, dim)
+    return lax.collapse(stacked, dim, dim + 2) if tiled else stacked
 
 
 _all_gather.defvjp(

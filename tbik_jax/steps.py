@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from .layers import InvariantNumerics, Numerics, Parallel, PlainNumerics
-from .layers.base import TP, select_over_tp
+from .layers.base import FSDP, TP, select_over_tp
 from .loading import parameter_path, parameter_shardings
 from .mesh import BATCH_AXES
 from .models.qwen3 import Qwen3, Qwen3Config
@@ -93,7 +93,8 @@ class Engine:
             (name, dim)
             for name, spec in zip(names, specs, strict=True)
             for dim, axis in enumerate(spec)
-            if axis == "fsdp"
+            # XLA transposes what it gathers along another dimension than the first, even from a single rank
+            if axis == FSDP and mesh.shape[FSDP] > 1
         }
         parallel = Parallel(numerics=make_numerics(numerics, mesh), fsdp_dims=tuple(sorted(fsdp_dims)))
         if scan_layers is None:

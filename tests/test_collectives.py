@@ -210,6 +210,16 @@ def test_gather_stacks_any_dtype_on_any_number_of_ranks() -> None:
         assert_same_bits(out, np.stack([expected] * 3))
 
 
+def test_gather_moves_along_the_first_dimension() -> None:
+    """Along another one XLA would transpose the elements before and after, and does in the twin."""
+    mesh = make({"tp": 4})
+    x = values(mesh, (3, 5))
+    for gather, dimension in ((tree_all_gather, 0), (lax.all_gather, 1)):
+        text = compiled_text(mesh, lambda x, gather=gather: gather(x, "tp", axis=1, tiled=True), x)
+        (line,) = (line for line in text.splitlines() if " all-gather(" in line)
+        assert f"dimensions={{{dimension}}}" in line
+
+
 # --- gradients ---------------------------------------------------------------------------------------------
 
 

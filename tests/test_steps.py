@@ -94,6 +94,22 @@ def test_the_check_finds_them_in_plain_numerics():
         assert "collective-permute" not in hlo, name
 
 
+def test_weights_are_gathered_over_several_fsdp_ranks_only():
+    dims = {}
+    for name, sizes in {"one": {"tp": 4}, "two": {"fsdp": 2, "tp": 4}}.items():
+        engine = Engine.create(small_model(), resolve_mesh(make_mesh(**sizes)), "invariant")
+        dims[name] = dict(engine.steps._parallel.fsdp_dims)
+    assert dims["one"] == {}
+    assert dims["two"] == {
+        "embedding_vd": 1,
+        "qkv_weight_kghd": 3,
+        "o_weight_kqhd": 3,
+        "gate_up_weight_cfd": 2,
+        "down_weight_fd": 1,
+        "lm_head_weight_vd": 1,
+    }
+
+
 def test_the_cache_is_donated():
     for name, hlo in _programs("invariant", tp=2).items():
         assert "input_output_alias" in hlo, name
