@@ -17,8 +17,12 @@ def test_local_sizes_are_those_of_the_models():
     assert found["down_proj", "1.7B", 4] == Layer(
         layer="down_proj", model="1.7B", tp=4, k=1536, n=2048, leaves=2
     )
-    assert found["qkv", "1.7B", 2] == Layer(layer="qkv", model="1.7B", tp=2, k=2048, n=2048, leaves=1)
-    assert found["gate_up", "32B", 8] == Layer(layer="gate_up", model="32B", tp=8, k=5120, n=6400, leaves=1)
+    assert found["qkv", "1.7B", 2] == Layer(
+        layer="qkv", model="1.7B", tp=2, k=2048, n=2048, leaves=1, transpose_rhs=True
+    )
+    assert found["gate_up", "32B", 8] == Layer(
+        layer="gate_up", model="32B", tp=8, k=5120, n=6400, leaves=1, transpose_rhs=True
+    )
     assert found["lm_head", "8B", 8] == Layer(
         layer="lm_head", model="8B", tp=8, k=4096, n=18992, leaves=1, transpose_rhs=True
     )
@@ -33,6 +37,11 @@ def test_tp_cuts_k_and_leaves_of_row_parallel_layers_and_n_of_the_others():
         else:
             assert (x.k, x.n * x.tp, x.leaves) == (one.k, one.n, one.leaves)
         assert x.k % (16 * x.leaves) == 0 and x.n % 16 == 0
+
+
+def test_weights_are_stored_nk_where_every_rank_has_the_whole_of_k():
+    assert all(x.transpose_rhs is not x.row_parallel for x in layers())
+    assert {x.layer for x in layers() if x.transpose_rhs} == {"qkv", "gate_up", "lm_head"}
 
 
 def test_a_choice_of_layers_and_models():

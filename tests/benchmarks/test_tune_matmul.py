@@ -20,21 +20,42 @@ def point(m, gain, best, k=64):
     return shape | {"best": best} | ({} if gain is None else {"gain": gain})
 
 
-def test_an_entry_serves_up_to_its_rows_and_only_where_it_is_faster(monkeypatch):
-    monkeypatch.setattr(tune_matmul, "MS", (1, 16, 64, 256, 1024))
+SHAPE = (64, 32, 1, False)
+
+
+@pytest.fixture
+def few_rows_counts(monkeypatch):
+    monkeypatch.setattr(tune_matmul, "MS", (1, 16, 64, 128, 256, 1024, 4096))
+
+
+def test_an_entry_serves_up_to_its_rows_and_only_where_it_is_faster(few_rows_counts):
     points = [
         point(1, 1.5, A),
         point(16, 1.01, B),
         point(64, 1.1, B),
         point(256, 1.3, B),
         point(1024, 1.0, A),
+        point(4096, 1.2, A),
     ]
-    assert table_of(points) == {(64, 32, 1, False): ((1, A), (16, None), (256, B))}
+    assert table_of(points) == {SHAPE: ((1, A), (16, None), (256, B), (1024, None), (4096, A))}
 
 
-def test_rows_that_were_not_measured_are_left_to_the_rule(monkeypatch):
-    monkeypatch.setattr(tune_matmul, "MS", (1, 16, 64, 256, 1024))
-    assert table_of([point(256, 1.5, A)]) == {(64, 32, 1, False): ((64, None), (256, A))}
+def test_equal_neighbours_are_one_entry_and_the_rule_may_be_the_last(few_rows_counts):
+    points = [point(64, 1.1, A), point(256, 1.0, B), point(1024, 1.01, B)]
+    assert table_of(points) == {SHAPE: ((64, A), (1024, None))}
+
+
+def test_up_to_one_tile_an_entry_serves_all_rows_above_the_next_smaller_measured_count(few_rows_counts):
+    assert table_of([point(1, 1.5, A), point(128, 1.5, B)]) == {SHAPE: ((1, A), (128, B))}
+
+
+def test_of_more_rows_those_that_were_not_measured_are_left_to_the_rule(few_rows_counts):
+    points = [point(64, 1.5, A), point(1024, 1.5, B)]
+    assert table_of(points) == {SHAPE: ((64, A), (256, None), (1024, B))}
+
+
+def test_the_last_entry_is_that_of_the_most_measured_rows(few_rows_counts):
+    assert table_of([point(256, 1.5, A)]) == {SHAPE: ((256, A),)}
 
 
 def test_a_choice_of_the_rule_that_failed_is_replaced_and_a_shape_without_entries_is_left_out():

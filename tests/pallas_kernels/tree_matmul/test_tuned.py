@@ -31,7 +31,13 @@ def find(m, shape=(4096, 4096, 8, False), device="NVIDIA H200"):
 
 
 def test_a_number_of_rows_takes_the_next_larger_entry(folder):
-    assert [find(m) for m in (1, 16, 17, 64, 65, 128, 129, 8192)] == [A, A, None, None, B, B, None, None]
+    assert [find(m) for m in (1, 16, 17, 64, 65, 128)] == [A, A, None, None, B, B]
+
+
+def test_more_rows_than_any_entry_take_the_last_one(folder):
+    assert [find(m) for m in (129, 8192, 10**9)] == [B, B, B]
+    tuned.write_table({(64, 64, 1, False): ((16, A), (64, None))}, folder / "other.json")
+    assert [find(m, (64, 64, 1, False), "other") for m in (16, 64, 65)] == [A, None, None]
 
 
 def test_every_part_of_the_shape_counts(folder):
