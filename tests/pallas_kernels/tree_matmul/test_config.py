@@ -1,0 +1,199 @@
+"""Which configuration of the Hopper kernel runs: a plan made from numbers, so nothing here needs a GPU."""
+
+import jax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tbik_jax.pallas_kernels.tree_matmul import tuned
+from tbik_jax.pallas_kernels.tree_matmul.config import (
+    SMEM_BYTES,
+    UNPROVEN_WIDTHS,
+    MosaicConfig,
+    candidate_configs,
+    check_config,
+    choose_config,
+    tiles_evenly,
+)
+
+H200, UNKNOWN = "NVIDIA H200", "some other GPU"
+TABLE = tuned.read_table(tuned.table_path(H200))
+#: More rows than anything was measured with: the last entry serves them too.
+MANY_ROWS = 100_000
+
+shapes = st.builds(
+    lambda m, columns, steps, leaves, transpose_rhs: (
+        m,
+        16 * columns,
+        16 * leaves * steps,
+        leaves,
+        transpose_rhs,
+    ),
+    m=st.integers(1, 9000) | st.sampled_from([2**i + d for i in range(3, 14) for d in (0, 1)]),
+    columns=st.integers(1, 1300),
+    steps=st.integers(1, 200),
+    leaves=st.sampled_from([1, 2, 4, 8]),
+    transpose_rhs=st.booleans(),
+)
+slowly = settings(deadline=None)
+
+
+def candidates(shape):
+    m, n, k, leaves, transpose_rhs = shape
+    return candidate_configs(m, n, k, leaves, transpose_rhs=transpose_rhs)
+
+
+def choice(shape, device_kind):
+    m, n, k, leaves, transpose_rhs = shape
+    return choose_config(m, n, k, leaves, transpose_rhs=transpose_rhs, device_kind=device_kind)
+
+
+def check(config, shape):
+    m, n, k, leaves, transpose_rhs = shape
+    for itemsize in (2, 4):
+        check_config(config, m=m, n=n, k=k, leaves=leaves, transpose_rhs=transpose_rhs, itemsize=itemsize)
+        assert config.smem_bytes(m, leaves, itemsize) <= SMEM_BYTES
+
+
+@slowly
+@given(shape=shapes)
+def test_there_are_candidates_for_every_shape_and_all_can_run(shape):
+    found = candidates(shape)
+    assert found
+    assert len(set(found)) == len(found)
+    for config in found:
+        check(config, shape)
+
+
+@slowly
+@given(shape=shapes)
+def test_the_first_candidates_differ_in_split_or_width(shape):
+    """So the tuner sees something of everything when it may try only a few."""
+    kinds = [(config.split, config.tile_n) for config in candidates(shape)]
+    count = len(set(kinds))
+    assert len(set(kinds[:count])) == count
+
+
+@slowly
+@given(shape=shapes)
+def test_an_unknown_device_takes_the_best_guess_of_proven_width(shape):
+    config = choice(shape, UNKNOWN)
+    assert config == next(c for c in candidates(shape) if c.tile_n not in UNPROVEN_WIDTHS)
+    assert config.tile_n not in UNPROVEN_WIDTHS
+
+
+def test_some_candidates_have_an_unproven_width():
+    """Twin of the above: without the rule's exception there would be something to choose."""
+    widths = {config.tile_n for config in candidates((4096, 4096, 4096, 8, True))}
+    assert widths & set(UNPROVEN_WIDTHS)
+
+
+def test_a_choice_depends_on_its_arguments_alone():
+    shape = (128, 4096, 4096, 8, False)
+    first = choice(shape, UNKNOWN)
+    candidate_configs.cache_clear()
+    with jax.default_device(jax.devices("cpu")[1]):
+        assert choice(shape, UNKNOWN) == first
+    assert choice(shape, None) == first  # the tests' own device has no table either
+    assert choice(shape, H200) == choice(shape, H200)
+
+
+def tuned_points():
+    """(shape, fields) of each entry, for the most and the fewest rows that it serves."""
+    points = []
+    for (k, n, leaves, transpose_rhs), entries in TABLE.items():
+        above = 0
+        for most, fields in entries:
+            points += [((m, n, k, leaves, transpose_rhs), fields) for m in sorted({above + 1, most})]
+            above = most
+        points.append(((MANY_ROWS, n, k, leaves, transpose_rhs), entries[-1][1]))
+    return points
+
+
+def test_a_tuned_shape_takes_its_entry_on_the_device_it_was_tuned_on():
+    shape, fields = next(
+        (s, f) for s, f in tuned_points() if f is not None and MosaicConfig(**f) != choice(s, UNKNOWN)
+    )
+    assert choice(shape, H200) == MosaicConfig(**fields)
+    m, n, *rest = shape
+    beside = (m, n + 16, *rest)
+    assert (beside[2], beside[1], *beside[3:]) not in TABLE
+    assert choice(beside, H200) == choice(beside, UNKNOWN)
+
+
+def test_every_entry_of_the_table_can_run_for_every_number_of_rows_it_serves():
+    """Shared memory grows with the rows, so the fewest and the most stand for those between."""
+    wrong = []
+    for shape, fields in tuned_points():
+        config = choice(shape, H200)
+        assert config == (choice(shape, UNKNOWN) if fields is None else MosaicConfig(**fields))
+        try:
+            check(config, shape)
+        except ValueError as error:
+            wrong.append((shape, str(error)))
+    assert not wrong
+
+
+def test_no_entry_of_the_table_has_an_unproven_width():
+    widths = {f["tile_n"] for _, f in tuned_points() if f is not None}
+    assert widths and not widths & set(UNPROVEN_WIDTHS)
+
+
+@slowly
+@given(shape=shapes)
+def test_leaves_are_spread_over_a_cluster_only_where_there_are_few_rows(shape):
+    m, _, _, leaves, _ = shape
+    for config in candidates(shape):
+        assert config.kind == ("serial" if config.split == 1 else "cluster")
+        assert config.split == 1 or (m <= 512 and config.split <= leaves)
+
+
+def test_the_rule_spreads_the_leaves_of_few_tiles():
+    assert choice((16, 1024, 4096, 8, True), UNKNOWN).kind == "cluster"
+    assert choice((16, 151936, 4096, 8, True), UNKNOWN).kind == "serial"
+
+
+def test_the_rule_narrows_the_tile_to_columns_that_do_not_divide():
+    assert not tiles_evenly(18992, 64)
+    assert choice((4096, 18992, 1024, 1, False), UNKNOWN).tile_n == 64
+    assert choice((4096, 18992, 1024, 1, True), UNKNOWN).tile_n > 64
+
+
+@pytest.mark.parametrize(
+    ("n", "width", "evenly"), [(48, 64, True), (128, 64, True), (144, 64, False), (16, 16, True)]
+)
+def test_tiles_evenly(n, width, evenly):
+    assert tiles_evenly(n, width) is evenly
+
+
+def config(**fields):
+    return MosaicConfig(**({"consumers": 2, "tile_n": 128, "tile_k": 64, "stages": 4} | fields))
+
+
+def test_blocks_wait_in_shared_memory_first_and_the_rest_in_global_memory():
+    one = config(group=2, shared=3)  # 4 groups, 2 levels, 2 blocks of 64 columns each
+    assert (one.block, one.saved_blocks(8)) == (64, 4)
+    assert (one.shared_blocks(8), one.global_blocks(8)) == (3, 1)
+    assert (one.shared_blocks(4), one.global_blocks(4)) == (2, 0)  # no more than there are
+    assert (config(split=4, group=2).saved_blocks(8), config(group=8).saved_blocks(2)) == (0, 0)
+    assert [config(tile_n=width).block for width in (48, 160, 192)] == [16, 32, 64]
+
+
+def test_shared_memory_is_that_of_the_stages_the_output_and_what_waits():
+    # 128 rows of x and 128 columns of w, 64 deep, 2 bytes each, 4 times; 2 slots of 32 columns of fp32.
+    assert config().smem_bytes(4096, 1) == 4 * 2 * 64 * (128 + 128) + 2 * 128 * 32 * 4
+    # Few rows: fewer are copied, and the tensor cores read past the last box.
+    assert config().smem_bytes(9, 1) == 4 * 2 * 64 * (16 + 128) + 2 * 64 * (128 - 16) + 2 * 128 * 32 * 4
+    # What waits and the output share their memory, ...
+    assert config(shared=2).smem_bytes(4096, 2) == 4 * 2 * 64 * (128 + 128) + 2 * 128 * 64 * 4
+    # ... but not in a cluster.
+    split = config(shared=2, split=2)
+    assert split.smem_bytes(4096, 4) == 4 * 2 * 64 * (128 + 128) + 2 * 128 * 64 * 4 + 2 * 128 * 32 * 4
+
+
+def test_with_stages_takes_as_many_as_fit():
+    filled = config(tile_n=256).with_stages(4096, 8)
+    assert filled.stages == 4
+    assert filled.smem_bytes(4096, 8) <= SMEM_BYTES < filled.smem_bytes(4096, 8) + filled.stage_bytes(4096)
+    assert config(tile_n=16, tile_k=16).with_stages(1, 1).stages == 12
+    assert config(tile_n=16, tile_k=16).with_stages(1, 1, most=7).stages == 7
