@@ -20,6 +20,7 @@ RESIDENT_CLUSTERS = {1: 132, 2: 66, 4: 30, 8: 15}
 #: Widths whose bits nobody has compared on a GPU yet: candidates for the tuner and the check, never chosen by the rule.
 UNPROVEN_WIDTHS = (160,)
 _BLOCK_BYTES = 128  # width of a staged block of the output: the widest swizzle
+_ALIGNMENT = 1024  # of every buffer in shared memory
 _MAX_STAGES = 32  # phases of a ring's barriers share one register
 
 
@@ -29,7 +30,7 @@ class MosaicConfig:
 
     Attributes:
         split: Parts that the leaves of an output tile are cut into: 1, 2, 4 or 8. Each is a CTA of one cluster, which
-            exchange their sums through distributed shared memory.
+            exchange their sums through L2.
         multicast: CTAs of one cluster, 1 or 2, that take output tiles above one another and share their tiles of w.
         consumers: Warpgroups that multiply. The CTA's tile has consumers * tile_m rows.
         tile_m: Rows of one consumer, a multiple of 64.
@@ -128,8 +129,11 @@ class MosaicConfig:
         slots, width = self.staged(leaves, itemsize)
         staged = slots * width * self.rows * itemsize
         saved = self.shared_blocks(leaves) * self.rows * self.block * 4
-        aside = max(staged, saved) if self.shares(leaves) else staged + saved
-        return self.stages * self.stage_bytes(m) + 2 * self.tile_k * (self.rows - self.x_rows(m)) + aside
+        aside = [max(staged, saved)] if self.shares(leaves) else [staged, saved]
+        x = 2 * self.tile_k * (self.stages * self.boxes * self.x_rows(m) + self.rows - self.x_rows(m))
+        w = 2 * self.tile_k * self.stages * self.boxes * self.tile_n
+        barriers = 8 * (2 * self.stages + 2 * self.consumers)
+        return sum(-(-size // _ALIGNMENT) * _ALIGNMENT for size in (x, w, *aside)) + barriers
 
     def with_stages(self, m: int, leaves: int, most: int = 12) -> "MosaicConfig":
         """This configuration with as many stages as fit for every output type, and not more than the loop has."""
@@ -156,6 +160,13 @@ def check_config(
     leaf = k // leaves
     if config.split not in (1, 2, 4, 8) or leaves % config.split:
         raise ValueError(f"split={config.split} does not cut {leaves} leaves evenly")
+    if config.consumers not in (1, 2, 3) or config.tile_m < 64:
+        raise ValueError(
+            f"consumers={config.consumers} with tile_m={config.tile_m}; use 1, 2 or 3, and a positive multiple of 64: "
+            "the registers of a CTA serve no more"
+        )
+    if config.shared < 0 or not 1 <= config.snake <= 1024:
+        raise ValueError(f"shared={config.shared} must not be negative, and snake={config.snake} 1 to 1024")
     if config.group not in (1, 2, 4, 8):
         raise ValueError(f"group={config.group} must be 1, 2, 4 or 8")
     if not config.overlap and leaves // config.split > config.group:
@@ -329,11 +340,9 @@ def _estimate(config: MosaicConfig, m: int, n: int, k: int, leaves: int, transpo
     if rounds <= 2:
         merges += (500 if config.consumers == 1 else 200) * group  # its code comes from memory
     epilogue = 900 + 10 * width
-    exchange = (
-        0
-        if config.split == 1
-        else 1200 + 300 * config.split + config.rows * width * (config.consumers - 1) / 3
-    )
+    exchange = 0.0 if config.split == 1 else 1200 + 300 * config.split
+    if config.split > 1 and m > 128:
+        exchange += config.rows * width / 3
     cycles = rounds * (k / config.split / 64 * step + merges + epilogue + exchange)
     # Short rows of w cost DRAM bandwidth.
     rate = _BANDWIDTH * (1.0 if transpose_rhs else min(1.0, 0.5 + width / 128))

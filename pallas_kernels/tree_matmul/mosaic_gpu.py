@@ -94,7 +94,8 @@ def tree_matmul_mosaic_gpu(
     check_config(
         config, m=m, n=n, k=k, leaves=leaves, transpose_rhs=transpose_rhs, itemsize=problem.out_dtype.itemsize
     )
-    return _run(x, w, problem, min(2 if interpret else _resident_clusters(config.cluster), problem.tiles))
+    resident = _interpreted_clusters(config) if interpret else _resident_clusters(config.cluster)
+    return _run(x, w, problem, min(resident, problem.tiles))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -323,6 +324,8 @@ def _produce(problem: _Problem, x_gmem: _Ref, w_gmem: _Ref, smem: types.SimpleNa
     """
     config, stages = problem.config, jnp.int32(problem.config.stages)
     first_step = lax.axis_index("part") * problem.part_steps
+    # Not a constant to the compiler: unrolled, the loop would need more registers than these warps have.
+    part_steps = lax.optimization_barrier(jnp.int32(problem.part_steps))
 
     def wait_until_empty(slot: jax.Array) -> None:
         plgpu.barrier_wait(smem.empty.at[slot])
@@ -336,7 +339,7 @@ def _produce(problem: _Problem, x_gmem: _Ref, w_gmem: _Ref, smem: types.SimpleNa
                     copy(slot, box, (first_step + i) * config.depth + box * config.tile_k, row, column)
                 return count + 1
 
-            return lax.fori_loop(0, problem.part_steps, step, count)
+            return lax.fori_loop(0, part_steps, step, count)
 
         count = problem.walk(tile, jnp.int32(0))
         # No barrier may go away while an arrival is pending: see the last use of every slot freed.
@@ -543,7 +546,9 @@ def _store(
     blocks = [block for wide in value for block in _columns(wide.astype(problem.out_dtype), width)]
     for i, block in enumerate(blocks):
         slot = i % slots
-        plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)  # the last copy out of this slot
+        # Wait for the last copy out of this slot. The last tile's last copy may be that, or else one of the two last.
+        pending = slots - 1 if i or len(blocks) % slots == 0 else 0
+        plgpu.wait_smem_to_gmem(pending, wait_read_only=True)
         staged.at[wg, slot][...] = block
         plgpu.commit_smem()
         dst = out_gmem.at[pl.ds(row, height), pl.ds(column + i * width, width)]
@@ -597,7 +602,9 @@ def _load_lines(ref: _Ref, count: int) -> jax.Array:
 def _homes(problem: _Problem, saved: _Ref | None, in_global: tuple[_Ref, ...]) -> list[list[_Home]]:
     """The homes of each level's blocks. The lowest are used most, and get the nearest."""
     wg, config = lax.axis_index("wg"), problem.config
-    homes: list[_Home] = [_SharedHome(saved.at[i, wg]) for i in range(config.shared_blocks(problem.leaves))]
+    homes: list[_Home] = []
+    if saved is not None:
+        homes += [_SharedHome(saved.at[i, wg]) for i in range(config.shared_blocks(problem.leaves))]
     if count := config.global_blocks(problem.leaves):
         cta = (lax.axis_index("cluster") * config.multicast + lax.axis_index("pair")) * config.split
         mine = in_global[0].at[cta + lax.axis_index("part")]
@@ -636,6 +643,7 @@ class _Exchange:
     def join(self, value: _Value, tiles: jax.Array) -> _Value:
         """Shares a warpgroup's rows [tile_m, tile_n] and returns the total of this CTA's columns."""
         pl.when(tiles > 0)(lambda: plgpu.barrier_wait(self._free))
+        _fence()
         mine = self._parts.at[self._part, self._wg]
         lines = value[0].shape[1] // _LINE
         for i, block in enumerate(value):
@@ -651,8 +659,8 @@ class _Exchange:
         return [total]
 
     def _arrive(self, barrier: _Ref) -> None:
-        _fence()
         plgpu.commit_smem()  # the whole warpgroup: one of its threads arrives for all
+        _fence()
         plgpu.barrier_arrive(barrier)
 
     def drain(self, tiles: jax.Array) -> None:
@@ -694,6 +702,15 @@ def _check_operands(
         rounded = max(16, -(-n // 16) * 16)
         raise ValueError(f"m={m} must be at least 1 and n={n} a multiple of 16; pad w to {rounded} columns")
     return m, n, k
+
+
+def _interpreted_clusters(config: MosaicConfig) -> int:
+    """Two clusters, so that they share out the tiles; one where the threads of two could wait for each other forever.
+
+    XLA's CPU client runs at most 32 computations at a time on a device, and each of these is one: the launch, every
+    warpgroup, and the two warps of each producer. A cluster of 8 has one too many: it is for a single small tile.
+    """
+    return 2 if 1 + 2 * config.cluster * (config.consumers + 3) <= 32 else 1
 
 
 def _resident_clusters(size: int) -> int:
