@@ -270,7 +270,9 @@ def _family(m: int, n: int, k: int, leaves: int, transpose_rhs: bool) -> Iterato
     box = next(t for t in (64, 32, 16) if leaf % t == 0)
     for width, split in itertools.product(_widths(m, n, leaves, box, transpose_rhs), (1, 2, 4, 8)):
         part = leaves // split
-        if split > leaves or (m > 512 and split > 1):
+        if split > leaves or (
+            split > 1 and (m > 512 or width == 192)
+        ):  # shares of 192 columns make narrow blocks
             continue
         tile_k = box if transpose_rhs else next(t for t in (64, 32, 16) if t <= box and width % t == 0)
         depths = {tile_k, box} | ({d for d in (128, 256) if leaf % d == 0} if m <= 256 else set())
