@@ -1,5 +1,12 @@
 """Eight virtual CPU devices, so that every mesh and collective runs on one machine."""
 
+import os
+
+# Threads of XLA's CPU pool, by default as many as there are CPUs. The interpreter of Mosaic GPU kernels blocks one for
+# every kernel thread that waits at a barrier: on 2 CPUs 2 CTAs of 3 warpgroups wait for each other forever. It is read
+# when the first CPU client starts. Processes that a test starts inherit it.
+os.environ.setdefault("PJRT_NPROC", "32")
+
 import jax
 
 jax.config.update("jax_num_cpu_devices", 8)

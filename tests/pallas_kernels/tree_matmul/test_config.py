@@ -180,15 +180,19 @@ def test_blocks_wait_in_shared_memory_first_and_the_rest_in_global_memory():
 
 
 def test_shared_memory_is_that_of_the_stages_the_output_and_what_waits():
-    # 128 rows of x and 128 columns of w, 64 deep, 2 bytes each, 4 times; 2 slots of 32 columns of fp32.
-    assert config().smem_bytes(4096, 1) == 4 * 2 * 64 * (128 + 128) + 2 * 128 * 32 * 4
+    barriers = 8 * (2 * 4 + 2 * 2)  # of 8 bytes, two for each stage and two for each consumer
+    staged = 2 * 128 * 32 * 4  # 2 slots of 32 columns of fp32
+    # 128 rows of x and 128 columns of w, 64 deep, 2 bytes each, 4 times.
+    stages = 4 * 2 * 64 * (128 + 128)
+    assert config().smem_bytes(4096, 1) == stages + staged + barriers
     # Few rows: fewer are copied, and the tensor cores read past the last box.
-    assert config().smem_bytes(9, 1) == 4 * 2 * 64 * (16 + 128) + 2 * 64 * (128 - 16) + 2 * 128 * 32 * 4
+    few = 4 * 2 * 64 * (16 + 128) + 2 * 64 * (128 - 16)
+    assert config().smem_bytes(9, 1) == few + staged + barriers
     # What waits and the output share their memory, ...
-    assert config(shared=2).smem_bytes(4096, 2) == 4 * 2 * 64 * (128 + 128) + 2 * 128 * 64 * 4
+    saved = 2 * 128 * 64 * 4
+    assert config(shared=2).smem_bytes(4096, 2) == stages + saved + barriers
     # ... but not in a cluster.
-    split = config(shared=2, split=2)
-    assert split.smem_bytes(4096, 4) == 4 * 2 * 64 * (128 + 128) + 2 * 128 * 64 * 4 + 2 * 128 * 32 * 4
+    assert config(shared=2, split=2).smem_bytes(4096, 4) == stages + saved + staged + barriers
 
 
 def test_with_stages_takes_as_many_as_fit():

@@ -1,6 +1,7 @@
 """The Hopper kernel on the CPU: its order and synchronisation in interpret mode, and that it lowers for CUDA.
 
-Bits of a GPU need a GPU: `benchmarks/check_tree_matmul.py` compares those.
+Bits of a GPU need a GPU: `benchmarks/check_tree_matmul.py` compares those. An interpreted call compiles for a second or
+more, so one case covers several features.
 """
 
 import dataclasses
@@ -12,11 +13,13 @@ import numpy as np
 import pytest
 
 from tbik_jax.pallas_kernels.tree_matmul import mosaic_gpu
-from tbik_jax.pallas_kernels.tree_matmul.mosaic_gpu import MosaicConfig, choose_config, tree_matmul_mosaic_gpu
+from tbik_jax.pallas_kernels.tree_matmul.config import SMEM_BYTES
+from tbik_jax.pallas_kernels.tree_matmul.mosaic_gpu import MosaicConfig, tree_matmul_mosaic_gpu
+from tests.helpers import assert_same_bits, differing
 
 BF16, F16, F32 = jnp.bfloat16, jnp.float16, jnp.float32
-SERIAL = MosaicConfig(split=1, consumers=2, tile_n=64, tile_k=64, stages=2)
-SPLITK = dataclasses.replace(SERIAL, split=8, consumers=1)
+#: The smallest tile that the kernel can have, and a ring of the fewest stages: every step waits for a free slot.
+SMALL = MosaicConfig(consumers=1, tile_n=16, tile_k=16, stages=2)
 
 
 @pytest.fixture(autouse=True)
@@ -32,40 +35,52 @@ def operands(m, n, k, dtype=BF16, *, transpose_rhs=False):
     return jnp.asarray(x, dtype), jnp.asarray(w.T if transpose_rhs else w, dtype)
 
 
-def operands_with_exact_leaves(m, n, k, leaves, *, transpose_rhs=False):
+def operands_with_exact_leaves(m, n, k, leaves, dtype=BF16, *, transpose_rhs=False):
     """x and w whose leaves are exact in fp32 in any order, while the adds between leaves round.
 
     The interpreter multiplies a stage with NumPy, whose order is its own. Here that cannot show, and what is left to
-    show is the tree. Entries are small integers; those of x carry a power of two that is one for each leaf.
+    show is the tree. Entries are integers of 7 bits, which is exact in leaves of up to
+    1024; those of x carry a power of two that is one for each leaf, far from its neighbours'.
     """
     rng = np.random.default_rng([m, n, k, leaves])
-    scale = np.exp2(rng.permutation(np.linspace(-12, 12, leaves).round())).repeat(k // leaves)
-    x, w = rng.integers(-7, 8, (m, k)) * scale, rng.integers(-7, 8, (k, n))
-    return jnp.asarray(x, BF16), jnp.asarray(w.T if transpose_rhs else w, BF16)
+    least, most = (-28, -4) if dtype == BF16 else (-17, -4)  # float16 has no more
+    small_and_large = np.linspace(least, most, leaves).round().reshape(-1, max(1, leaves // 2)).T.ravel()
+    scale = np.exp2(small_and_large).repeat(k // leaves)
+    x, w = rng.integers(-127, 128, (m, k)) * scale, rng.integers(-127, 128, (k, n))
+    return jnp.asarray(x, dtype), jnp.asarray(w.T if transpose_rhs else w, dtype)
 
 
 def interpreted(x, w, leaves, out_dtype=F32, **kwargs):
     return tree_matmul_mosaic_gpu(x, w, leaves=leaves, out_dtype=out_dtype, interpret=True, **kwargs)
 
 
-def in_order(x, w, leaves):
-    """The order written out: fp32 leaves in ascending k, then neighbours; x [m, k], w [k, n]."""
+def leaves_of(x, w, leaves):
+    """The fp32 products of the leaves, each in ascending k; x [m, k], w [k, n]."""
     x, w = np.asarray(x, np.float32), np.asarray(w, np.float32)
     size = x.shape[1] // leaves
-    level = []
+    products = []
     for leaf in range(leaves):
         acc = np.zeros((x.shape[0], w.shape[1]), np.float32)
         for k in range(leaf * size, (leaf + 1) * size):
             acc += x[:, k, None] * w[None, k]
-        level.append(acc)
+        products.append(acc)
+    return products
+
+
+def in_order(x, w, leaves):
+    """The order written out: fp32 leaves in ascending k, then neighbours; x [m, k], w [k, n]."""
+    level = leaves_of(x, w, leaves)
     while len(level) > 1:
         level = [left + right for left, right in zip(level[::2], level[1::2], strict=True)]
     return level[0]
 
 
-def bits(a):
-    a = np.asarray(a)
-    return a.view(f"uint{8 * a.dtype.itemsize}")
+def assert_in_order(config, m, n, leaf, leaves, transpose_rhs, dtype=BF16, out_dtype=F32):
+    """The product of a configuration has the bits of `in_order`, rounded once."""
+    x, w = operands_with_exact_leaves(m, n, leaf * leaves, leaves, dtype, transpose_rhs=transpose_rhs)
+    out = interpreted(x, w, leaves, out_dtype, transpose_rhs=transpose_rhs, config=config)
+    expected = in_order(x, w.T if transpose_rhs else w, leaves)
+    assert_same_bits(out, jnp.asarray(expected).astype(out_dtype))
 
 
 def assert_close(out, x, w, leaves):
@@ -81,133 +96,246 @@ def assert_close(out, x, w, leaves):
     assert (error <= 2 * lost + 2 * half_ulp * np.abs(expected)).all(), (error.max(), lost)
 
 
-@pytest.mark.parametrize("transpose_rhs", [False, True])
-@pytest.mark.parametrize("leaves", [1, 2, 4, 8])
-@pytest.mark.parametrize("split", [False, True])
-def test_multiplies_in_order(leaves, split, transpose_rhs):
-    m, n, k = (17, 48, 64 * leaves) if split else (65, 16, 64 * leaves)
-    x, w = operands_with_exact_leaves(m, n, k, leaves, transpose_rhs=transpose_rhs)
-    config = dataclasses.replace(SPLITK if split else SERIAL, split=leaves if split else 1)
-    out = interpreted(x, w, leaves, transpose_rhs=transpose_rhs, config=config)
-    expected = in_order(x, w.T if transpose_rhs else w, leaves)
-    np.testing.assert_array_equal(bits(out), bits(expected))
+def small(**fields):
+    return dataclasses.replace(SMALL, **fields)
+
+
+@pytest.mark.parametrize(
+    ("leaves", "m", "leaf", "transpose_rhs", "config"),
+    [
+        (1, 3, 16, True, small(overlap=False)),
+        (1, 17, 48, False, small()),
+        (2, 1, 16, False, small(group=1)),
+        (2, 3, 16, True, small(group=2)),
+        (2, 3, 32, False, small(group=8, overlap=False)),
+        (4, 3, 16, True, small(group=1, shared=1)),  # one waits in shared memory, one in global memory
+        (4, 8, 64, False, small(group=2, shared=1, stages=3)),
+        (4, 3, 16, True, small(group=4)),
+        (4, 3, 32, False, small(group=4, overlap=False, boxes=2)),
+        (8, 3, 16, False, small(group=1)),  # all wait in global memory
+        (8, 17, 16, True, small(group=1, shared=2)),
+        (8, 3, 32, False, small(group=2, shared=2, boxes=2)),  # all wait in shared memory
+        (8, 1, 16, True, small(group=4, stages=5)),
+        (8, 3, 16, False, small(group=8)),
+        (8, 3, 48, True, small(group=8, overlap=False)),
+    ],
+)
+def test_every_group_of_leaves_meets_in_the_tree(leaves, m, leaf, transpose_rhs, config):
+    """Three tiles for two CTAs: one of them has two, and the end of the first overlaps with the second."""
+    assert_in_order(config, m, 48, leaf, leaves, transpose_rhs)
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "leaf", "leaves", "transpose_rhs", "config", "types"),
+    [
+        # Level 0 waits in shared memory, of level 1 one block of three.
+        (65, 144, 32, 8, False, small(consumers=2, tile_n=48, boxes=2, group=2, shared=4), (BF16, BF16)),
+        # Of the one level three blocks of five wait in shared memory.
+        (130, 320, 128, 2, False, small(tile_m=128, tile_n=160, tile_k=32, boxes=4, shared=3), (BF16, F32)),
+        (
+            200,
+            192,
+            64,
+            2,
+            False,
+            small(consumers=3, tile_n=192, tile_k=64, group=2, overlap=False),
+            (F16, F32),
+        ),
+        # Tiles that reach outside of N.
+        (130, 80, 64, 4, True, small(consumers=2, tile_n=64, tile_k=64, group=4, stages=3), (F16, F16)),
+        (3, 48, 32, 4, False, small(consumers=2, tile_n=32, tile_k=32, group=2, shared=1), (BF16, F16)),
+        # Five tiles down and three across, walked in a snake of two.
+        (257, 48, 16, 2, True, small(group=2, snake=2, snake_rows=True), (F16, BF16)),
+    ],
+)
+def test_tiles_and_types_never_show_in_the_bits(m, n, leaf, leaves, transpose_rhs, config, types):
+    assert_in_order(config, m, n, leaf, leaves, transpose_rhs, *types)
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "leaf", "leaves", "transpose_rhs", "config", "out_dtype"),
+    [
+        # More than two tiles take several rounds: a cluster's memory has to be free again.
+        (3, 480, 32, 2, False, small(split=2, tile_n=96, tile_k=32), F32),
+        (130, 192, 32, 8, True, small(split=2, consumers=2, tile_n=64, boxes=2, group=2, shared=1), BF16),
+        (65, 192, 64, 4, False, small(split=4, consumers=2, tile_n=64, tile_k=64), F32),
+        (17, 192, 16, 8, True, small(split=4, tile_n=64, stages=3), F32),
+        # The interpreter has room for one tile of a cluster of 8 (see `_interpreted_clusters`).
+        (17, 128, 32, 8, False, small(split=8, tile_n=128), F16),
+        (1, 128, 64, 8, True, small(split=8, tile_n=128, tile_k=32), F32),
+        # The second CTA's rows lie outside in part, and in the second row of tiles altogether.
+        (150, 48, 32, 4, True, small(multicast=2, group=2), F32),
+        (129, 96, 32, 4, False, small(multicast=2, split=2, consumers=2, tile_n=32, group=2, boxes=2), F32),
+        (70, 80, 16, 8, True, small(multicast=2, split=2, tile_n=32, group=4, overlap=False), BF16),
+    ],
+)
+def test_clusters_never_show_in_the_bits(m, n, leaf, leaves, transpose_rhs, config, out_dtype):
+    assert_in_order(config, m, n, leaf, leaves, transpose_rhs, BF16, out_dtype)
+
+
+@pytest.mark.parametrize(("dtype", "leaves"), [(BF16, 4), (BF16, 8), (F16, 4)])
+def test_the_inputs_show_the_order_of_the_adds(dtype, leaves):
+    """What the tests above compare with is none of the orders that a wrong kernel might have."""
+    x, w = operands_with_exact_leaves(17, 48, 16 * leaves, leaves, dtype)
+    products, expected = leaves_of(x, w, leaves), in_order(x, w, leaves)
+    assert differing(functools.reduce(np.add, products), expected)
+    assert differing(functools.reduce(np.add, products[::-1]), expected)
+    assert differing(in_order(x, w, leaves // 2), expected)
+    half = leaves // 2
+    apart = [left + right for left, right in zip(products[:half], products[half:], strict=True)]
+    assert differing(functools.reduce(np.add, apart), expected)
 
 
 @pytest.mark.parametrize(
     ("m", "n", "k", "leaves", "dtype", "out_dtype", "transpose_rhs"),
-    [
-        (1, 16, 64, 1, BF16, BF16, False),
-        (1, 144, 512, 8, BF16, BF16, False),
-        (66, 144, 128, 2, F16, F16, False),
-        (130, 80, 128, 4, BF16, BF16, True),
-        (65, 272, 64, 2, F16, F32, True),
-        (3, 64, 256, 8, BF16, F16, False),
-    ],
+    [(1, 144, 512, 8, BF16, BF16, False), (65, 272, 64, 2, F16, F32, True)],
 )
-def test_covers_ragged_shapes_and_every_type(m, n, k, leaves, dtype, out_dtype, transpose_rhs):
+def test_is_as_near_as_the_plain_product(m, n, k, leaves, dtype, out_dtype, transpose_rhs):
     x, w = operands(m, n, k, dtype, transpose_rhs=transpose_rhs)
     out = interpreted(x, w, leaves, out_dtype, transpose_rhs=transpose_rhs)
     assert out.dtype == out_dtype
     assert_close(out, x, w.T if transpose_rhs else w, leaves)
 
 
-@pytest.mark.parametrize("split", [1, 2, 8])
-@pytest.mark.parametrize(
-    ("consumers", "tile_n", "tile_k", "stages"), [(1, 128, 16, 5), (2, 64, 32, 1), (3, 64, 16, 3)]
-)
-def test_tiles_stages_and_splits_never_show_in_the_bits(split, consumers, tile_n, tile_k, stages):
-    x, w = operands_with_exact_leaves(20, 64, 256, 8)
-    config = MosaicConfig(split=split, consumers=consumers, tile_n=tile_n, tile_k=tile_k, stages=stages)
-    np.testing.assert_array_equal(bits(interpreted(x, w, 8, config=config)), bits(in_order(x, w, 8)))
-
-
-@pytest.mark.parametrize("leaves", [2, 4, 8])
-def test_ranks_that_hold_half_of_k_meet_in_the_whole_product(leaves):
+def test_ranks_that_hold_half_of_k_meet_in_the_whole_product():
     x, w = operands(20, 48, 256)
-    left, right = (interpreted(x[:, s], w[s], leaves // 2) for s in (slice(0, 128), slice(128, 256)))
-    np.testing.assert_array_equal(bits(left + right), bits(interpreted(x, w, leaves)))
+    left, right = (interpreted(x[:, s], w[s], 4) for s in (slice(0, 128), slice(128, 256)))
+    assert_same_bits(left + right, interpreted(x, w, 8))
 
 
 def test_another_number_of_leaves_gives_other_bits():
     x, w = operands_with_exact_leaves(20, 48, 256, 8)
-    assert (bits(interpreted(x, w, 4)) != bits(interpreted(x, w, 8))).any()
+    assert differing(interpreted(x, w, 2), in_order(x, w, 8))
 
 
 def test_a_row_keeps_its_bits_in_every_batch():
     x, w = operands(66, 48, 64)
     batch = interpreted(x, w, 4, BF16)
-    np.testing.assert_array_equal(bits(interpreted(x[5:6], w, 4, BF16)), bits(batch[5:6]))
-    np.testing.assert_array_equal(bits(interpreted(x[::-1], w, 4, BF16)), bits(batch[::-1]))
+    assert_same_bits(interpreted(x[5:6], w, 4, BF16), batch[5:6])
+    assert_same_bits(interpreted(x[::-1], w, 4, BF16), batch[::-1])
+
+
+WHOLE = MosaicConfig(consumers=2, tile_n=128, tile_k=64, stages=4)
 
 
 @pytest.mark.parametrize(
-    ("m", "n", "k", "leaves"),
+    ("m", "n", "k", "leaves", "config"),
     [
-        (1, 1024, 2048, 8),
-        (64, 4096, 12288, 8),
-        (257, 1024, 3072, 4),
-        (4096, 4096, 4096, 8),
-        (4096, 18992, 1024, 1),
+        (1, 1024, 2048, 8, None),
+        (64, 4096, 12288, 8, None),
+        (257, 1024, 3072, 4, None),
+        (4096, 4096, 4096, 8, None),
+        (4096, 18992, 1024, 1, None),
+        (4096, 4096, 4096, 8, dataclasses.replace(WHOLE, multicast=2, group=2, shared=2)),
+        (100, 4096, 4096, 8, dataclasses.replace(WHOLE, split=2, group=2)),
+        (16, 4096, 4096, 8, dataclasses.replace(WHOLE, split=8, consumers=1, boxes=2, overlap=False)),
+        (300, 4096, 4096, 4, dataclasses.replace(WHOLE, multicast=2, split=2, shared=1)),
     ],
 )
 @pytest.mark.parametrize("transpose_rhs", [False, True])
-def test_lowers_for_hopper(monkeypatch, m, n, k, leaves, transpose_rhs):
-    monkeypatch.setattr(mosaic_gpu, "_count_sms", lambda: 132)
+def test_lowers_for_hopper(monkeypatch, m, n, k, leaves, config, transpose_rhs):
+    monkeypatch.setattr(mosaic_gpu, "_resident_clusters", lambda size: 132 // size)
     x = jax.ShapeDtypeStruct((m, k), BF16)
     w = jax.ShapeDtypeStruct((n, k) if transpose_rhs else (k, n), BF16)
     product = functools.partial(
-        tree_matmul_mosaic_gpu, leaves=leaves, out_dtype=BF16, transpose_rhs=transpose_rhs
+        tree_matmul_mosaic_gpu,
+        leaves=leaves,
+        out_dtype=BF16,
+        transpose_rhs=transpose_rhs,
+        config=config,
     )
     text = jax.jit(product).trace(x, w).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("mosaic_gpu_v2") == 1
     assert "dot_general" not in text
 
 
-@pytest.mark.parametrize("leaves", [1, 2, 4, 8])
-@pytest.mark.parametrize("m", [1, 64, 65, 128, 300, 1024, 4096])
-def test_choose_config_spreads_the_leaves_where_tiles_are_few(m, leaves):
-    config = choose_config(m, 4096, 4096, leaves)
-    assert config.stages >= 4
-    assert config.rows == (64 if m <= 64 else 128)
-    if leaves == 1 or m >= 1024:
-        assert config.kind == "serial"
-    elif m <= 128:
-        assert config.kind == "splitk"
-
-
-def test_choose_config_narrows_the_tile_to_columns_that_do_not_divide():
-    assert choose_config(4096, 18992, 1024, 1).tile_n == 64
-    assert choose_config(4096, 18992, 1024, 1, transpose_rhs=True).tile_n == 256
+def refused(message, *, config=None, m=8, n=64, k=64, w_k=None, leaves=1, dtype=BF16, out_dtype=F32):
+    x, w = jnp.zeros((m, k), dtype), jnp.zeros((w_k or k, n), dtype)
+    with pytest.raises(ValueError, match=message):
+        interpreted(x, w, leaves, out_dtype, config=config)
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("case", "message"),
     [
         ({"leaves": 3}, "leaves=3"),
         ({"leaves": 8, "k": 192}, "k=192"),
-        ({"n": 40}, "n=40 a multiple of 16"),
-        ({"w_k": 128}, "K=64 and w"),
-        ({"dtype": F32}, "x is float32"),
-        ({"out_dtype": jnp.int32}, "out_dtype=int32"),
-        ({"config": dataclasses.replace(SERIAL, split=2)}, "split=2"),
-        ({"config": dataclasses.replace(SERIAL, tile_k=48)}, "tile_k=48"),
-        ({"config": dataclasses.replace(SERIAL, tile_n=24)}, "24 columns"),
-        ({"config": dataclasses.replace(SERIAL, stages=40)}, "stages=40"),
-        ({"n": 144, "config": SERIAL, "k": 32}, "tile_k=64"),
-        ({"n": 144, "config": dataclasses.replace(SERIAL, tile_n=128)}, "use tile_n=64"),
+        ({"n": 40}, "n=40 a multiple of 16; pad w to 48 columns"),
+        ({"n": 8}, "n=8 a multiple of 16; pad w to 16 columns"),
+        ({"m": 0}, "m=0 must be at least 1"),
+        ({"w_k": 128}, r"x has K=64 and w \[K, N\] has K=128"),
+        ({"dtype": F32}, "x is float32 and w is float32; both must be bfloat16, or both float16"),
+        ({"out_dtype": jnp.int32}, "out_dtype=int32 is not supported; use bfloat16, float16 or float32"),
     ],
 )
-def test_refuses_what_it_does_not_cover(change, message):
-    case = {"m": 8, "n": 32, "k": 64, "leaves": 1, "dtype": BF16, "out_dtype": F32, "config": None} | change
-    x = jnp.zeros((case["m"], case["k"]), case["dtype"])
-    w = jnp.zeros((case.get("w_k", case["k"]), case["n"]), case["dtype"])
-    with pytest.raises(ValueError, match=message):
-        interpreted(x, w, case["leaves"], case["out_dtype"], config=case["config"])
+def test_refuses_operands_that_it_does_not_cover(case, message):
+    refused(message, **case)
 
 
-def test_refuses_mixed_types_and_a_device_that_is_no_hopper():
+@pytest.mark.parametrize(
+    ("fields", "case", "message"),
+    [
+        ({"split": 3}, {}, "split=3 does not cut 1 leaves"),
+        ({"split": 2}, {}, "split=2 does not cut 1 leaves"),
+        ({"split": 16}, {"leaves": 4}, "split=16 does not cut 4 leaves"),
+        ({"group": 3}, {}, "group=3 must be 1, 2, 4 or 8"),
+        ({"group": 2, "overlap": False}, {"leaves": 4}, "overlap=False needs a group of 4 leaves, not 2"),
+        (
+            {"group": 2, "overlap": False, "split": 2, "tile_n": 32},
+            {"leaves": 8, "k": 128},
+            "overlap=False needs a group of 4 leaves, not 2",
+        ),
+        ({"multicast": 3}, {}, "multicast=3 with split=1; use 1 or 2"),
+        (
+            {"multicast": 2, "split": 8, "tile_n": 128},
+            {"leaves": 8, "k": 128},
+            "multicast=2 with split=8; use 1 or 2, and a cluster of at most 8",
+        ),
+        ({"tile_k": 48}, {}, "tile_k=48 must be of 16, 32 or 64 and divide the leaf of 64"),
+        ({"boxes": 3}, {}, "3 boxes of tile_k=16 must be of 16, 32 or 64 and divide the leaf of 64"),
+        ({"boxes": 0}, {}, "0 boxes"),
+        ({"tile_k": 32}, {"leaves": 4}, "divide the leaf of 16"),
+        ({"tile_m": 32}, {}, "consumers=1 with tile_m=32; use 1, 2 or 3, and a positive multiple of 64"),
+        ({"tile_m": -64}, {}, "consumers=1 with tile_m=-64"),
+        ({"consumers": 4}, {}, "consumers=4 with tile_m=64; use 1, 2 or 3"),
+        ({"consumers": 0}, {}, "consumers=0 with tile_m=64; use 1, 2 or 3"),
+        ({"tile_n": 24}, {}, r"24 columns .*of 16 columns"),
+        ({"tile_n": 272}, {}, r"272 columns .*at most 256 of each"),
+        (
+            {"split": 2, "tile_n": 48},
+            {"leaves": 2},
+            "split=2 leaves 24 columns of tile_n=48 to each part; use a multiple of 32",
+        ),
+        (
+            {"tile_n": 128, "tile_k": 64},
+            {"n": 144},
+            "n=144 columns .* tile_n=128 at tile_k=64; use tile_n=64",
+        ),
+        ({"tile_n": 48, "tile_k": 32}, {}, "do not divide into tile_n=48 at tile_k=32; use tile_n=32"),
+        ({"stages": 1}, {}, "stages=1 need .* bytes of shared memory of .*; use 2 to 32"),
+        ({"stages": 33}, {}, "stages=33 need .*; use 2 to 32"),
+        (
+            {"consumers": 2, "tile_n": 256, "tile_k": 64, "boxes": 2, "stages": 4},
+            {"m": 256, "n": 256, "k": 128},
+            f"stages=4 need 4260.. bytes of shared memory of {SMEM_BYTES}; use 2 to 2, or smaller tiles",
+        ),
+    ],
+)
+def test_refuses_configurations_that_cannot_run(fields, case, message):
+    refused(message, config=small(**fields), **case)
+
+
+def test_refuses_other_shapes_and_mixed_types():
     x, w = operands(8, 32, 64)
     with pytest.raises(ValueError, match="w is float16"):
         interpreted(x, w.astype(F16), 1)
-    with pytest.raises(ValueError, match="Hopper"):
+    with pytest.raises(
+        ValueError, match=r"x \(1, 8, 64\) and w \(64, 32\) must be matrices \[M, K\] and \[K, N\]"
+    ):
+        interpreted(x[None], w, 1)
+
+
+def test_refuses_a_device_that_is_no_hopper():
+    x, w = operands(8, 32, 64)
+    with pytest.raises(ValueError, match=r"needs a Hopper GPU .*none\); use backend='reference' there"):
         tree_matmul_mosaic_gpu(x, w, leaves=1, out_dtype=F32)
