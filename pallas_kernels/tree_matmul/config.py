@@ -223,7 +223,10 @@ def choose_config(
         device_kind = jax.extend.backend.get_default_device().device_kind
     fields = tuned.lookup(device_kind, m, n, k, leaves, transpose_rhs)
     if fields is not None:
-        return MosaicConfig(**fields)
+        config = MosaicConfig(**fields)
+        # The last entry serves all larger m, and more rows of x need more shared memory.
+        if max(config.smem_bytes(m, leaves, itemsize) for itemsize in (2, 4)) <= SMEM_BYTES:
+            return config
     candidates = candidate_configs(m, n, k, leaves, transpose_rhs=transpose_rhs)
     return next(config for config in candidates if config.tile_n not in UNPROVEN_WIDTHS)
 

@@ -94,6 +94,11 @@ def tree_matmul_mosaic_gpu(
     check_config(
         config, m=m, n=n, k=k, leaves=leaves, transpose_rhs=transpose_rhs, itemsize=problem.out_dtype.itemsize
     )
+    if interpret and config.cluster == 8 and problem.tiles > 1:
+        raise ValueError(
+            f"the interpreter cannot run a cluster of 8 over {problem.tiles} tiles (see _interpreted_clusters); use a "
+            "smaller split or one tile"
+        )
     resident = _interpreted_clusters(config) if interpret else _resident_clusters(config.cluster)
     return _run(x, w, problem, min(resident, problem.tiles))
 
