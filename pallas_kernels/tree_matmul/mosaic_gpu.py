@@ -34,15 +34,12 @@ from jaxlib.mlir.dialects import llvm
 
 from ..common.tree import tree_join
 from .config import RESIDENT_CLUSTERS, MosaicConfig, candidate_configs, check_config, choose_config
-from .plan import check_leaves
+from .operands import check_operands
 
 __all__ = ["MosaicConfig", "candidate_configs", "choose_config", "tree_matmul_mosaic_gpu"]
 
 _Ref = Any  # Pallas has no public type for what its refs become inside a kernel
 _Value = list[jax.Array]  # a warpgroup's rows of a tile, as blocks of columns
-
-_HALF = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
-_FLOAT32 = jnp.dtype(jnp.float32)
 
 _PRODUCER_REGISTERS = 24
 _LINE = (
@@ -78,7 +75,7 @@ def tree_matmul_mosaic_gpu(
     Raises:
         ValueError: If a shape, a type, `leaves`, `config` or the device is not covered.
     """
-    m, n, k = _check_operands(x, w, leaves, jnp.dtype(out_dtype), transpose_rhs)
+    m, n, k = check_operands(x, w, leaves, jnp.dtype(out_dtype), transpose_rhs)
     config = config or choose_config(m, n, k, leaves, transpose_rhs=transpose_rhs)
     problem = _Problem(
         m=m,
@@ -686,27 +683,6 @@ def _tiled(swizzle: int, itemsize: int) -> tuple[Any, Any]:
 
 def _swizzle(columns: int, itemsize: int) -> int:
     return plgpu.find_swizzle(8 * itemsize * columns)
-
-
-def _check_operands(
-    x: jax.Array, w: jax.Array, leaves: int, out_dtype: Any, transpose_rhs: bool
-) -> tuple[int, int, int]:
-    """Returns (m, n, k), or says what is not covered."""
-    stored = "[N, K]" if transpose_rhs else "[K, N]"
-    if x.ndim != 2 or w.ndim != 2:
-        raise ValueError(f"x {x.shape} and w {w.shape} must be matrices [M, K] and {stored}")
-    (m, k), (n, w_k) = x.shape, w.shape if transpose_rhs else w.shape[::-1]
-    if k != w_k:
-        raise ValueError(f"x has K={k} and w {stored} has K={w_k} (shapes {x.shape} and {w.shape})")
-    if x.dtype != w.dtype or x.dtype not in _HALF:
-        raise ValueError(f"x is {x.dtype} and w is {w.dtype}; both must be bfloat16, or both float16")
-    if out_dtype not in (*_HALF, _FLOAT32):
-        raise ValueError(f"out_dtype={out_dtype} is not supported; use bfloat16, float16 or float32")
-    check_leaves(k, leaves)
-    if m < 1 or n < 16 or n % 16:
-        rounded = max(16, -(-n // 16) * 16)
-        raise ValueError(f"m={m} must be at least 1 and n={n} a multiple of 16; pad w to {rounded} columns")
-    return m, n, k
 
 
 def _interpreted_clusters(config: MosaicConfig) -> int:

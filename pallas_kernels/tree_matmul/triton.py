@@ -29,9 +29,8 @@ from jax.experimental import pallas as pl
 
 from ..common.rounding import round_to
 from ..common.tree import tree_join
-from .plan import check_leaves
+from .operands import check_operands
 
-_HALF = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 _FLOAT32 = jnp.dtype(jnp.float32)
 
 _PROGRAMS = 128  # that fill a GPU: about the number of SMs of the large ones
@@ -118,7 +117,9 @@ def tree_matmul_triton(
         ValueError: If a shape, a type, `leaves`, `config`, the device or the installed jax_triton is not covered.
     """
     out_dtype = jnp.dtype(out_dtype)
-    m, n, k = _check_operands(x, w, leaves, out_dtype, transpose_rhs)
+    m, n, k = check_operands(x, w, leaves, out_dtype, transpose_rhs)
+    if max(n, k) >= _LARGEST:
+        raise ValueError(f"n={n} and k={k} must be below {_LARGEST}; cut w into narrower pieces")
     config = config or choose_config(m, n, k, leaves)
     _check_config(config, k, leaves)
     return _run(x, w, leaves, out_dtype, transpose_rhs, config, _compute_capability())
@@ -263,29 +264,6 @@ def _leaf(
 
 def _smem_bytes(config: TritonConfig) -> int:
     return 2 * config.stages * config.block_k * (config.block_m + config.block_n)
-
-
-def _check_operands(
-    x: jax.Array, w: jax.Array, leaves: int, out_dtype: Any, transpose_rhs: bool
-) -> tuple[int, int, int]:
-    """Returns (m, n, k), or says what is not covered."""
-    stored = "[N, K]" if transpose_rhs else "[K, N]"
-    if x.ndim != 2 or w.ndim != 2:
-        raise ValueError(f"x {x.shape} and w {w.shape} must be matrices [M, K] and {stored}")
-    (m, k), (n, w_k) = x.shape, w.shape if transpose_rhs else w.shape[::-1]
-    if k != w_k:
-        raise ValueError(f"x has K={k} and w {stored} has K={w_k} (shapes {x.shape} and {w.shape})")
-    if x.dtype != w.dtype or x.dtype not in _HALF:
-        raise ValueError(f"x is {x.dtype} and w is {w.dtype}; both must be bfloat16, or both float16")
-    if out_dtype not in (*_HALF, _FLOAT32):
-        raise ValueError(f"out_dtype={out_dtype} is not supported; use bfloat16, float16 or float32")
-    check_leaves(k, leaves)
-    if m < 1 or n < 16 or n % 16:
-        rounded = max(16, -(-n // 16) * 16)
-        raise ValueError(f"m={m} must be at least 1 and n={n} a multiple of 16; pad w to {rounded} columns")
-    if max(n, k) >= _LARGEST:
-        raise ValueError(f"n={n} and k={k} must be below {_LARGEST}; cut w into narrower pieces")
-    return m, n, k
 
 
 def _check_config(config: TritonConfig, k: int, leaves: int) -> None:

@@ -22,6 +22,7 @@ from triton.runtime import interpreter
 from tbik_jax.pallas_kernels.common.rounding import round_to
 from tbik_jax.pallas_kernels.common.tree import tree_join
 from tbik_jax.pallas_kernels.tree_matmul import triton as ours
+from tbik_jax.pallas_kernels.tree_matmul.operands import check_operands
 from tbik_jax.pallas_kernels.tree_matmul.triton import TritonConfig, choose_config, tree_matmul_triton
 from tests import orders
 from tests.helpers import DTYPES, assert_same_bits, cancelling, differing, normal, wide
@@ -81,7 +82,7 @@ def run_kernel(x, w, out, grid, leaf, constants):
 def interpreted(x, w, leaves, out_dtype=F32, *, transpose_rhs=False, config=SMALL):
     """`tree_matmul_triton` with the interpreter in place of the GPU. Elements that nobody writes show as -77."""
     (m, k), n = x.shape, w.shape[0 if transpose_rhs else 1]
-    ours._check_operands(x, w, leaves, jnp.dtype(out_dtype), transpose_rhs)
+    check_operands(x, w, leaves, jnp.dtype(out_dtype), transpose_rhs)
     ours._check_config(config, k, leaves)
     out = np.full((config.split, m, n), -77, out_dtype if config.split == 1 else F32)
     grid = -(-m // config.block_m) * -(-n // config.block_n), config.split
