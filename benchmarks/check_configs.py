@@ -23,6 +23,7 @@ from benchmarks.matmul_shapes import layers
 from benchmarks.matmul_speed import compile_for
 from tbik_jax.pallas_kernels.common.rounding import round_to
 from tbik_jax.pallas_kernels.tree_matmul import tuned
+from tbik_jax.pallas_kernels.tree_matmul.config import fits
 from tbik_jax.pallas_kernels.tree_matmul.mosaic_gpu import (
     MosaicConfig,
     candidate_configs,
@@ -135,7 +136,8 @@ def _tuned(case: Case) -> list[MosaicConfig]:
     path = tuned.table_path(jax.devices()[0].device_kind)
     table = tuned.read_table(path) if path.is_file() else {}
     entries = table.get((case.k, case.n, case.leaves, case.transpose_rhs), ())
-    return [MosaicConfig(**config) for _, config in entries if config is not None]
+    configs = [MosaicConfig(**config) for _, config in entries if config is not None]
+    return [config for config in configs if fits(config, case.m, case.leaves)]  # nor are others ever chosen
 
 
 def config_name(config: MosaicConfig) -> str:

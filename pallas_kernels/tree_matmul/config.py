@@ -17,8 +17,6 @@ from . import tuned
 SMEM_BYTES = 227 * 1024 - 1024  # of a Hopper CTA, less room for barriers
 #: Clusters of 1, 2, 4 and 8 CTAs that an H200 was seen to run at once: a cluster lies within one GPC's SMs.
 RESIDENT_CLUSTERS = {1: 132, 2: 66, 4: 30, 8: 15}
-#: Widths whose bits nobody has compared on a GPU yet: candidates for the tuner and the check, never chosen by the rule.
-UNPROVEN_WIDTHS = (160,)
 _BLOCK_BYTES = 128  # width of a staged block of the output: the widest swizzle
 _ALIGNMENT = 1024  # of every buffer in shared memory
 _MAX_STAGES = 32  # phases of a ring's barriers share one register
@@ -224,11 +222,17 @@ def choose_config(
     fields = tuned.lookup(device_kind, m, n, k, leaves, transpose_rhs)
     if fields is not None:
         config = MosaicConfig(**fields)
-        # The last entry serves all larger m, and more rows of x need more shared memory.
-        if max(config.smem_bytes(m, leaves, itemsize) for itemsize in (2, 4)) <= SMEM_BYTES:
+        if fits(config, m, leaves):
             return config
-    candidates = candidate_configs(m, n, k, leaves, transpose_rhs=transpose_rhs)
-    return next(config for config in candidates if config.tile_n not in UNPROVEN_WIDTHS)
+    return candidate_configs(m, n, k, leaves, transpose_rhs=transpose_rhs)[0]
+
+
+def fits(config: MosaicConfig, m: int, leaves: int) -> bool:
+    """Whether a configuration that was measured with fewer rows has the shared memory for m rows of any type.
+
+    The last entry of a table serves all larger m, and more rows of x need more shared memory.
+    """
+    return max(config.smem_bytes(m, leaves, itemsize) for itemsize in (2, 4)) <= SMEM_BYTES
 
 
 @functools.cache
@@ -309,7 +313,14 @@ def _widths(m: int, n: int, leaves: int, box: int, transpose_rhs: bool) -> list[
     least = 16 if m <= 128 else 64 if m <= 1024 else 128
     # Beside the sums of leaves, registers hold no accumulator of 192 columns.
     most = 256 if m <= 128 or leaves == 1 else 160
-    widths = [16, 32, 64, 128, 192, 256] if m <= 256 else [64, 128, 160, 192, 256]
+    # 160 is for few rounds of tiles: with more of them its fewer stages cost more than its fewer tiles save.
+    widths = (
+        [16, 32, 64, 128, 192, 256]
+        if m <= 256
+        else [64, 128, 192, 256]
+        if m > 512
+        else [64, 128, 160, 192, 256]
+    )
     return [w for w in widths if min(n, least) <= w <= most and w <= max(16, n)] or [16]
 
 

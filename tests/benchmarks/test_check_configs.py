@@ -10,6 +10,8 @@ import pytest
 from benchmarks import check_configs
 from benchmarks.check_configs import Case, config_name, layer_cases, random_cases
 from benchmarks.matmul_bits import KINDS, count_differences, make_inputs, reference_config
+from tbik_jax.pallas_kernels.tree_matmul import tuned
+from tbik_jax.pallas_kernels.tree_matmul.config import MosaicConfig, fits
 from tbik_jax.pallas_kernels.tree_matmul.plan import check_leaves
 
 CASE = Case(m=70, k=512, n=64, leaves=2, transpose_rhs=True, dtype="bfloat16", seed=0)
@@ -111,3 +113,13 @@ def test_inputs_are_of_their_kind(dtype):
     assert spread.max() / spread.min() > 2**16
     x, w = made["cancel"]
     assert np.abs(x @ w).mean() < 0.02 * (np.abs(x) @ np.abs(w)).mean()
+
+
+def test_entries_measured_with_fewer_rows_that_do_not_fit_are_left_out(monkeypatch):
+    path = tuned.table_path("NVIDIA H200")
+    monkeypatch.setattr(tuned, "table_path", lambda kind: path)
+    case = Case(m=1000, k=4096, n=3072, leaves=1, transpose_rhs=True, dtype="bfloat16", seed=0)
+    entries = tuned.read_table(path)[case.k, case.n, case.leaves, case.transpose_rhs]
+    too_large = [MosaicConfig(**c) for _, c in entries if c and not fits(MosaicConfig(**c), case.m, 1)]
+    assert too_large
+    assert not set(too_large) & set(check_configs.configs_of(case))
