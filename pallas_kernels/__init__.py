@@ -8,6 +8,7 @@ it chooses the backend by device, or takes `backend=`.
 from .attention.api import AttentionPlan, attention
 from .common.tree import tree_join, tree_sum
 from .embedding.api import embedding
+from .gated_matmul.api import gated_matmul
 from .log_softmax.api import exp_sum, log_softmax
 from .rms_norm.api import rms_norm
 from .rope.api import rope, rope_tables
@@ -21,6 +22,7 @@ __all__ = [
     "attention",
     "embedding",
     "exp_sum",
+    "gated_matmul",
     "log_softmax",
     "plan_contraction",
     "rms_norm",

@@ -44,6 +44,7 @@ class MosaicConfig:
             waits in global memory.
         snake: Width of the snake in which the CTAs walk the output tiles, for hits in L2.
         snake_rows: Whether the snake is as wide in rows of tiles instead of columns.
+        gated: Whether a tile's columns are half gates and half values, which the epilogue joins (see `mosaic_gpu`).
     """
 
     split: int = 1
@@ -59,6 +60,7 @@ class MosaicConfig:
     shared: int = 0
     snake: int = 8
     snake_rows: bool = False
+    gated: bool = False
 
     @property
     def kind(self) -> Literal["serial", "cluster"]:
@@ -80,12 +82,17 @@ class MosaicConfig:
     @property
     def block(self) -> int:
         """Columns of a saved subtree that are kept together."""
-        return next(w for w in (64, 32, 16) if self.tile_n % w == 0)
+        return next(w for w in (64, 32, 16) if self.half % w == 0)
+
+    @property
+    def half(self) -> int:
+        """Columns of the product that a tile makes."""
+        return self.tile_n // 2 if self.gated else self.tile_n
 
     @property
     def out_columns(self) -> int:
         """Columns of the tile that one CTA stores."""
-        return self.tile_n // self.split
+        return self.half // self.split
 
     def saved_blocks(self, leaves: int) -> int:
         """Blocks that wait for their siblings at a time: a tile for each tree level above the groups."""
@@ -189,6 +196,11 @@ def check_config(
             f"split={config.split} leaves {config.out_columns} columns of tile_n={config.tile_n} to each part; "
             f"use a multiple of {16 * config.split}"
         )
+    if config.gated and (leaves > 1 or not transpose_rhs or config.tile_n % 32):
+        raise ValueError(
+            f"gated=True needs one leaf, w as [N, K] and a tile_n that is a multiple of 32, not leaves={leaves}, "
+            f"transpose_rhs={transpose_rhs} and tile_n={config.tile_n}"
+        )
     even = config.tile_n % config.tile_k == 0 and tiles_evenly(n, config.tile_k)
     if not (transpose_rhs or even or config.tile_n == config.tile_k):
         raise ValueError(
@@ -225,6 +237,11 @@ def choose_config(
         if fits(config, m, leaves):
             return config
     return candidate_configs(m, n, k, leaves, transpose_rhs=transpose_rhs)[0]
+
+
+def gate_config(config: MosaicConfig) -> MosaicConfig:
+    """The configuration for the gated product with the same weights as `config`'s product."""
+    return dataclasses.replace(config, gated=True, tile_n=max(32, config.tile_n // 32 * 32))
 
 
 def fits(config: MosaicConfig, m: int, leaves: int) -> bool:

@@ -32,8 +32,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir.dialects import llvm
 
+from ..common.activation import silu
 from ..common.tree import tree_join
-from .config import RESIDENT_CLUSTERS, MosaicConfig, candidate_configs, check_config, choose_config
+from .config import (
+    RESIDENT_CLUSTERS,
+    MosaicConfig,
+    candidate_configs,
+    check_config,
+    choose_config,
+    gate_config,
+)
 from .operands import check_operands
 
 __all__ = ["MosaicConfig", "candidate_configs", "choose_config", "tree_matmul_mosaic_gpu"]
@@ -54,6 +62,7 @@ def tree_matmul_mosaic_gpu(
     leaves: int,
     out_dtype: jax.typing.DTypeLike,
     transpose_rhs: bool = False,
+    gated: bool = False,
     config: MosaicConfig | None = None,
     interpret: bool = False,
 ) -> jax.Array:
@@ -65,18 +74,26 @@ def tree_matmul_mosaic_gpu(
         leaves: 1, 2, 4 or 8 equal slices of K, each a multiple of 16 long.
         out_dtype: bfloat16, float16 or float32; the total is rounded to it once.
         transpose_rhs: Whether w is [N, K]. It is read as it lies, not transposed in memory.
+        gated: Whether the product is F columns of gates and then F of values, and the result their SwiGLU, [M, F]: each
+            of both rounded to `out_dtype`, then as `swiglu` has it. With one leaf and w [N, K].
         config: The tiling; `choose_config`'s by default.
         interpret: Run on the CPU with the kernel's threads and barriers, slowly. Shows order and synchronisation, not
             the bits of a GPU.
 
     Returns:
-        [M, N] in `out_dtype`.
+        [M, N] in `out_dtype`, or [M, N / 2] with `gated`.
 
     Raises:
         ValueError: If a shape, a type, `leaves`, `config` or the device is not covered.
     """
     m, n, k = check_operands(x, w, leaves, jnp.dtype(out_dtype), transpose_rhs)
+    if gated and (n % 32 or jnp.dtype(out_dtype) != x.dtype):
+        raise ValueError(
+            f"the gated product of {x.dtype} has {n // 2} columns in {jnp.dtype(out_dtype)}; "
+            f"it needs a multiple of 16 columns and out_dtype={x.dtype}"
+        )
     config = config or choose_config(m, n, k, leaves, transpose_rhs=transpose_rhs)
+    config = gate_config(config) if gated else config
     problem = _Problem(
         m=m,
         n=n,
@@ -117,7 +134,14 @@ class _Problem:
     @property
     def grid(self) -> tuple[int, int]:
         """Output tiles of a cluster, down and across."""
-        return pl.cdiv(self.m, self.config.rows * self.config.multicast), pl.cdiv(self.n, self.config.tile_n)
+        return pl.cdiv(self.m, self.config.rows * self.config.multicast), pl.cdiv(
+            self.columns, self.config.half
+        )
+
+    @property
+    def columns(self) -> int:
+        """Of the result."""
+        return self.n // 2 if self.config.gated else self.n
 
     @property
     def tiles(self) -> int:
@@ -204,7 +228,7 @@ class _Problem:
             minor = 0 if config.snake_rows else 1
             mi, ni = plgpu.planar_snake(info.index[0], self.grid, minor, config.snake)
             mi = mi * config.multicast + lax.axis_index("pair")
-            return body(mi * config.rows, ni * config.tile_n, carry)
+            return body(mi * config.rows, ni * config.half, carry)
 
         return plgpu.nd_loop((self.tiles,), collective_axes="cluster", init_carry=carry)(tile)
 
@@ -250,7 +274,7 @@ def _names(ref: _Ref, count: int) -> tuple[_Ref, ...]:
 def _run(x: jax.Array, w: jax.Array, problem: _Problem, clusters: int) -> jax.Array:
     """The product from `clusters` clusters of CTAs."""
     config = problem.config
-    out_type = [jax.ShapeDtypeStruct((problem.m, problem.n), problem.out_dtype)]
+    out_type = [jax.ShapeDtypeStruct((problem.m, problem.columns), problem.out_dtype)]
     in_global = config.global_blocks(problem.leaves)
     if in_global:
         lines = (config.block // _LINE, config.tile_m, _LINE)
@@ -263,7 +287,7 @@ def _run(x: jax.Array, w: jax.Array, problem: _Problem, clusters: int) -> jax.Ar
     scratch: dict[str, Any] = {
         "x": _scratch(*problem.x_ring.names()),
         "w": _scratch(*problem.w_ring.names()),
-        "full": plgpu.Barrier(num_arrivals=2 * config.boxes, num_barriers=config.stages),
+        "full": plgpu.Barrier(num_arrivals=(2 + config.gated) * config.boxes, num_barriers=config.stages),
         "empty": arrive_in_pair(num_arrivals=config.consumers, num_barriers=config.stages),
     }
     saved: tuple[Any, ...] = ()
@@ -357,11 +381,16 @@ def _produce(problem: _Problem, x_gmem: _Ref, w_gmem: _Ref, smem: types.SimpleNa
         plgpu.copy_gmem_to_smem(src, dst, smem.full.at[slot])
 
     def copy_w(slot: jax.Array, box: int, k: jax.Array, row: jax.Array, column: jax.Array) -> None:
-        ks, columns = pl.ds(k, config.tile_k), pl.ds(column, config.tile_n)
-        src = w_gmem.at[columns, ks] if problem.transpose_rhs else w_gmem.at[ks, columns]
-        dst = _names(smem.w, len(problem.w_ring.names()))[-1]
+        ks, columns = pl.ds(k, config.tile_k), pl.ds(column, config.half)
+        dst = _names(smem.w, len(problem.w_ring.names()))[-1].at[slot, box]
         axes = "pair" if config.multicast > 1 else None
-        plgpu.copy_gmem_to_smem(src, dst.at[slot, box], smem.full.at[slot], collective_axes=axes)
+        copy = functools.partial(plgpu.copy_gmem_to_smem, barrier=smem.full.at[slot], collective_axes=axes)
+        if config.gated:  # gates, and then the values beside them
+            copy(w_gmem.at[columns, ks], dst.at[pl.ds(0, config.half)])
+            values = pl.ds(problem.columns + column, config.half)
+            copy(w_gmem.at[values, ks], dst.at[pl.ds(config.half, config.half)])
+        else:
+            copy(w_gmem.at[columns, ks] if problem.transpose_rhs else w_gmem.at[ks, columns], dst)
 
     @plgpu.warp_map
     def _(warp: jax.Array) -> None:
@@ -456,6 +485,8 @@ def _consume(
         return leaf(0, begun)
 
     def finish(value: _Value, row: jax.Array, column: jax.Array, tiles: jax.Array) -> None:
+        if config.gated:
+            value = _gate(value, problem.out_dtype)
         if exchange is not None:
             value = exchange.join(value, tiles)
             column = column + lax.axis_index("part") * config.out_columns
@@ -536,6 +567,13 @@ class _Held:
 
 def _columns(value: jax.Array, width: int) -> _Value:
     return [value[:, i : i + width] for i in range(0, value.shape[1], width)]
+
+
+def _gate(value: _Value, dtype: Any) -> _Value:
+    """SwiGLU of the first half of the columns, the gates, and the second."""
+    rounded = [block.astype(dtype).astype(jnp.float32) for block in value]
+    count = len(rounded) // 2
+    return [silu(gate) * up for gate, up in zip(rounded[:count], rounded[count:], strict=True)]
 
 
 def _store(

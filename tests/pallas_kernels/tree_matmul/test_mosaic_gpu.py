@@ -339,3 +339,46 @@ def test_refuses_a_device_that_is_no_hopper():
     x, w = operands(8, 32, 64)
     with pytest.raises(ValueError, match=r"needs a Hopper GPU .*none\); use backend='reference' there"):
         tree_matmul_mosaic_gpu(x, w, leaves=1, out_dtype=F32)
+
+
+def swiglu_of(product):
+    """SwiGLU of a product [m, 2F] in bfloat16, as the epilogue has it."""
+    gate, up = (part.astype(jnp.float32) for part in jnp.split(product, 2, axis=1))
+    return (gate / (1 + jnp.exp(-gate)) * up).astype(product.dtype)
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "config"),
+    [
+        (70, 96, 64, small(tile_n=32)),  # a tile that ends among the gates, two of rows
+        (5, 64, 128, small(tile_n=64, tile_k=32, boxes=2)),
+        (130, 288, 64, small(consumers=2, tile_n=128, tile_k=64)),
+    ],
+)
+def test_a_gated_product_is_the_swiglu_of_the_product(m, n, k, config):
+    x, w = operands(m, n, k, transpose_rhs=True)
+    common = {"leaves": 1, "out_dtype": BF16, "transpose_rhs": True}
+    product = interpreted(x, w, config=config, **common)
+    gated = interpreted(x, w, config=config, gated=True, **common)
+    assert gated.shape == (m, n // 2)
+    np.testing.assert_allclose(
+        np.asarray(gated, np.float32), np.asarray(swiglu_of(product), np.float32), rtol=0.01, atol=1e-6
+    )
+    # twin: gates and values the other way round
+    assert differing(swiglu_of(jnp.roll(product, n // 2, axis=1)), gated) > gated.size // 2
+
+
+@pytest.mark.parametrize(
+    ("n", "leaves", "transpose_rhs", "out_dtype", "message"),
+    [
+        (48, 1, True, BF16, "24 columns in bfloat16; it needs a multiple of 16"),
+        (64, 1, True, F32, "in float32; it needs .* out_dtype=bfloat16"),
+        (64, 2, True, BF16, "gated=True needs one leaf, .* not leaves=2"),
+        (64, 1, False, BF16, "transpose_rhs=False"),
+    ],
+)
+def test_a_gated_product_that_is_not_covered(n, leaves, transpose_rhs, out_dtype, message):
+    x, w = operands(5, n, 64, transpose_rhs=transpose_rhs)
+    config = small(tile_n=32)
+    with pytest.raises(ValueError, match=message):
+        interpreted(x, w, leaves, out_dtype, transpose_rhs=transpose_rhs, gated=True, config=config)

@@ -1,0 +1,1 @@
+"""The matmul of gates and values with SwiGLU as its epilogue."""
