@@ -78,7 +78,7 @@ class Run:
         self._engine, self._batch, self._capacity = engine, batch, capacity
         self._mesh = engine.steps.mesh
         self._shapes = engine.steps.cache_shapes(batch.size, capacity)
-        self._cache: Any = None
+        self.cache: Any = None
         self._tables = self._replicate(rope_tables(capacity, config.head_dim, config.rope_theta))
         self._prepared: list[tuple[Any, tuple[Any, ...]]] = []
 
@@ -110,7 +110,7 @@ class Run:
                 chunk=chunk,
             )
             check_call(need, devices)
-        self._cache = init_cache(self._shapes)
+        self.cache = init_cache(self._shapes)
 
     def _prefill_arguments(self, start: int, width: int) -> tuple[Any, ...]:
         # every token but the last, which the decode loop takes
@@ -124,7 +124,7 @@ class Run:
     def prefill(self, start: int, width: int) -> None:
         """Takes `width` tokens of each row from `start` on into the cache."""
         arguments = self._prefill_arguments(start, width)
-        self._cache = self._engine.steps.prefill(self._engine.parameters, self._cache, *arguments)
+        self.cache = self._engine.steps.prefill(self._engine.parameters, self.cache, *arguments)
 
     def prepare_decode(self, room: int, sampling: SamplingArrays, filtered: bool, eos: np.ndarray) -> None:
         """Places what decoding needs, and begins to compile its loop.
@@ -137,12 +137,12 @@ class Run:
         """
         state = DecodeState.start(self._batch.last(), self._batch.lengths, room)
         specs = self._engine.steps.state_spec
-        self._state = jax.tree.map(
+        self.state = jax.tree.map(
             lambda value, spec: jax.device_put(value, NamedSharding(self._mesh, spec)), state, specs
         )
         self._rest = (self._put(sampling), self._replicate(eos), self._tables)
         self._decode_step = self._engine.steps.decode[filtered]
-        self._prepare(self._decode_step, self._state, self._replicate(np.int32(0)), *self._rest)
+        self._prepare(self._decode_step, self.state, self._replicate(np.int32(0)), *self._rest)
 
     def decode(self, limit: int, on_tokens: OnTokens | None, prompts: int) -> Decoded:
         """Generates up to `limit` tokens a row.
@@ -153,20 +153,21 @@ class Run:
             prompts: rows that are no padding.
         """
         if on_tokens is None:
-            self._advance(limit)
-            return jax.device_get(self._state.out)
+            self.advance(limit)
+            return jax.device_get(self.state.out)
         told = 0
         while True:
-            self._advance(min(limit, told + _STREAMED_STEPS))
-            step, active, out = jax.device_get((self._state.step, self._state.active, self._state.out))
+            self.advance(min(limit, told + _STREAMED_STEPS))
+            step, active, out = jax.device_get((self.state.step, self.state.active, self.state.out))
             _tell(on_tokens, out, told, int(step), prompts)
             told = int(step)
             if told >= limit or not active.any():
                 return out
 
-    def _advance(self, limit: int) -> None:
-        args = (self._engine.parameters, self._cache, self._state, self._replicate(np.int32(limit)))
-        self._cache, self._state = self._decode_step(*args, *self._rest)
+    def advance(self, limit: int) -> None:
+        """Runs the decode loop until `limit` tokens a row are there, or all rows have ended; does not wait for it."""
+        args = (self._engine.parameters, self.cache, self.state, self._replicate(np.int32(limit)))
+        self.cache, self.state = self._decode_step(*args, *self._rest)
 
     def _score_arguments(self, start: int, width: int) -> tuple[Any, ...]:
         tokens, targets = self._batch.window(start, width), self._batch.window(start + 1, width)
@@ -180,7 +181,7 @@ class Run:
     def score(self, start: int, width: int) -> tuple[np.ndarray, np.ndarray]:
         """Log-probabilities of `width` targets of each row from `start` on, and whether the logits were finite."""
         arguments = self._score_arguments(start, width)
-        self._cache, *out = self._engine.steps.score(self._engine.parameters, self._cache, *arguments)
+        self.cache, *out = self._engine.steps.score(self._engine.parameters, self.cache, *arguments)
         return jax.device_get(tuple(out))
 
 

@@ -92,7 +92,7 @@ def make_numerics(name: str, mesh: Mesh) -> Numerics:
     if name == "invariant":
         return InvariantNumerics(backend=device_backend(mesh.devices.flat[0]))
     if name == "plain":
-        return PlainNumerics()
+        return PlainNumerics(cudnn=mesh.devices.flat[0].platform == "gpu")
     raise ValueError(f"numerics={name!r} is unknown; use one of {', '.join(NUMERICS)}")
 
 
