@@ -1,14 +1,16 @@
 """Float collectives in tree order, for use inside `jax.shard_map`.
 
-Ranks meet by recursive doubling: partner `rank ^ 1`, then `rank ^ 2`, then `rank ^ 4`. That is the upper part of the
-binary tree whose lower part a rank adds up in its own `tree_matmul`. Everything is `ppermute`, which moves bits, and
-explicit fp32 adds. Each has its own VJP in the same order, because JAX's transposes of collectives insert reductions of
-unspecified order.
+Ranks meet in a binary tree, partner `rank ^ 1` first, then `rank ^ 2`, then `rank ^ 4`. That is the upper part of the
+binary tree whose lower part a rank adds up in its own `tree_matmul`. Bits move by `ppermute`, `all_gather` or
+`all_to_all`, which add nothing, and every add is an explicit fp32 one; which of them carries a sum is a matter of its
+size (`choose_transport`) and of no bit. Each has its own VJP in the same order, because JAX's transposes of collectives
+insert reductions of unspecified order.
 """
 
 import functools
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +18,14 @@ import numpy as np
 from jax import lax
 
 from .pallas_kernels.common.rounding import round_to
+from .pallas_kernels.common.tree import tree_join
 
 AxisName = str | Sequence[str]
+Transport = Literal["butterfly", "all_gather", "all_to_all"]
+TRANSPORTS: tuple[Transport, ...] = ("butterfly", "all_gather", "all_to_all")
+
+#: Bytes of fp32 partial sums a rank, up to which gathering all of them is quickest: one step, bound by latency.
+_GATHERED_BYTES = {2: 1 << 21, 4: 1 << 19, 8: 1 << 18}
 
 
 def axis_tuple(axis_name: AxisName) -> tuple[str, ...]:
@@ -30,7 +38,24 @@ def axis_tuple(axis_name: AxisName) -> tuple[str, ...]:
     return axes
 
 
-def tree_psum(x: jax.Array, axis_name: AxisName) -> jax.Array:
+def choose_transport(size: int, ranks: int) -> Transport:
+    """What carries a sum of `size` fp32 elements over `ranks` ranks: a pure function of both, which changes no bit.
+
+    Small sums take one step; for large ones every rank adds up its share and hands out the rounded result, which moves
+    the fewest bytes. What does not cut into equal shares meets by recursive doubling.
+    """
+    if 4 * size <= _GATHERED_BYTES.get(ranks, 0):
+        return "all_gather"
+    return "butterfly" if size % ranks else "all_to_all"
+
+
+def tree_psum(
+    x: jax.Array,
+    axis_name: AxisName,
+    *,
+    out_dtype: jax.typing.DTypeLike | None = None,
+    transport: Transport | None = None,
+) -> jax.Array:
     """Sums `x` over mesh axes in one binary tree, neighbours first; every rank gets the same bits.
 
     The bits are those of `tree_join` over the ranks' values in rank order, whatever the axis' place in the mesh; NaN is
@@ -38,19 +63,33 @@ def tree_psum(x: jax.Array, axis_name: AxisName) -> jax.Array:
     of the cotangents, as `lax.psum`'s is under `check_vma=False`.
 
     Args:
-        x: float32, bfloat16 or float16 [...]; added in fp32 and rounded to x's dtype once, at the end.
+        x: float32, bfloat16 or float16 [...]; added in fp32 and rounded once, at the end.
         axis_name: an axis, or several.
+        out_dtype: of the result; x's by default.
+        transport: what carries the same tree: "butterfly" (recursive doubling by `ppermute`), "all_gather" (every rank
+            adds up everything) or "all_to_all" (every rank adds up its share and hands out the rounded sums; the number
+            of elements must divide by the ranks). None chooses by size.
 
     Returns:
-        Like x.
+        Like x, in `out_dtype`.
 
     Raises:
-        ValueError: an axis size is no power of two, or x is not floating point.
+        ValueError: an axis size is no power of two, x is not floating point, or a transport that cannot carry x.
 
     Source: TBIK (arXiv 2511.17826), the tree all-reduce, with fp32 nodes.
     """
     axes = _checked_axes(x, axis_name, "tree_psum")
-    return round_to(_psum(x.astype(jnp.float32), axes), x.dtype)
+    ranks = math.prod(lax.axis_size(a) for a in axes)
+    out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
+    if transport is None:
+        transport = choose_transport(x.size, ranks)
+    if transport not in TRANSPORTS:
+        raise ValueError(f"transport={transport!r} is unknown; use one of {', '.join(TRANSPORTS)}, or None")
+    if transport == "all_to_all" and x.size % ranks:
+        raise ValueError(
+            f"all_to_all cannot cut {x.size} elements into {ranks} equal shares; use 'butterfly' or 'all_gather'"
+        )
+    return _psum(x.astype(jnp.float32), axes, transport, out_dtype)
 
 
 def tree_psum_scatter(
@@ -143,14 +182,37 @@ def _one_nan(x: jax.Array) -> jax.Array:
     return jnp.where(x == x, x, np.float32(np.nan))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _psum(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _psum(x: jax.Array, axes: tuple[str, ...], transport: Transport, dtype: jnp.dtype) -> jax.Array:
+    ranks = math.prod(lax.axis_size(a) for a in axes)
+    if ranks == 1:
+        return round_to(_one_nan(x), dtype)
+    if transport == "all_gather":
+        every = lax.all_gather(x, axes)
+        return round_to(_one_nan(tree_join([every[i] for i in range(ranks)])), dtype)
+    if transport == "all_to_all":
+        shares = lax.all_to_all(x.reshape(ranks, x.size // ranks), axes, split_axis=0, concat_axis=0)
+        mine = round_to(_one_nan(tree_join([shares[i] for i in range(ranks)])), dtype)
+        return _gather_bits(mine, axes).reshape(x.shape)
     for axis, bit in _levels(axes):
         x = x + _exchange(x, axis, bit)  # commutative but for NaN
-    return _one_nan(x)
+    return round_to(_one_nan(x), dtype)
 
 
-_psum.defvjp(lambda x, axes: (_psum(x, axes), None), lambda axes, _, ct: (_psum(ct, axes),))
+def _gather_bits(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """The ranks' x [n] end to end. They travel as integers: XLA would widen small floats on some backends."""
+    unsigned = {2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+    bits = lax.all_gather(lax.bitcast_convert_type(x, unsigned), axes, tiled=True)
+    return lax.bitcast_convert_type(bits, x.dtype)
+
+
+def _psum_transposed(
+    axes: tuple[str, ...], transport: Transport, dtype: jnp.dtype, _: None, ct: jax.Array
+) -> tuple[jax.Array]:
+    return (_psum(ct.astype(jnp.float32), axes, transport, jnp.dtype(jnp.float32)),)
+
+
+_psum.defvjp(lambda x, axes, transport, dtype: (_psum(x, axes, transport, dtype), None), _psum_transposed)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

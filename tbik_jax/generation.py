@@ -2,24 +2,23 @@
 
 import dataclasses
 import operator
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal
+from collections.abc import Iterable, Sequence
+from typing import Literal
 
-import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
-from .mesh import BATCH_AXES, resolve_mesh
+from .buckets import bucket, capacity_bucket
+from .mesh import resolve_mesh
 from .models.qwen3 import Qwen3, Qwen3Config
-from .pallas_kernels.rope.api import rope_tables
-from .sampling import SamplingArrays, SamplingParams, sampling_arrays
+from .run import OnTokens, Padded, Run, batch_ranks
+from .sampling import SamplingParams, sampling_arrays
 from .steps import Decoded, Engine
 
 NumericsName = Literal["invariant", "plain"]
 TokenIds = Sequence[int] | np.ndarray
 
-_BUCKET = 64  # capacities are multiples of this, so that few programs are compiled
+_PASS_TOKENS = 8192  # of all rows of a device in one pass of prefill: enough to keep the tensor cores busy
 _SCORE_LOGITS = 1 << 26  # elements of logits that a score step may make on a device
 
 
@@ -46,8 +45,9 @@ def generate(
     sampling: SamplingParams | Sequence[SamplingParams] | None = None,
     eos_id: int | Sequence[int] | None = None,
     numerics: NumericsName = "invariant",
-    prefill_chunk: int = 512,
+    prefill_chunk: int | None = None,
     scan_layers: bool | None = None,
+    on_tokens: OnTokens | None = None,
 ) -> GenerateOutput:
     """Continues prompts.
 
@@ -63,38 +63,48 @@ def generate(
         sampling: for all prompts, or one a prompt; greedy by default.
         eos_id: end token or tokens, which stop their row; None for no stop.
         numerics: "invariant", or "plain" for `jnp.dot`, `lax.psum` and ordinary softmax.
-        prefill_chunk: prompt tokens that one forward pass takes; memory grows with it, bits do not change.
+        prefill_chunk: tokens of a prompt that one forward pass takes; memory grows with it, bits do not change. By
+            default as many as make some thousand tokens a device, all prompts together.
         scan_layers: run the layers as a scan over one compiled layer: compiles in seconds, but holds a second copy of
             the weights. None does so on the CPU. Bits do not change.
+        on_tokens: called with (prompt index, new token ids, their log-probabilities) every few steps while the rest is
+            being generated; all calls together are the result. What it raises ends the generation.
 
     Returns:
         Tokens and log-probabilities a prompt.
 
     Raises:
-        ValueError: an argument that cannot work; the message says which and what would.
+        ValueError: an argument that cannot work, or a call that the devices' memory does not hold, before anything is
+            allocated; the message says which and what would.
         FloatingPointError: NaN or infinity in the logits of a prompt; nothing is sampled from them.
     """
     mesh = resolve_mesh(mesh)
     rows = _token_rows(prompts, params.config, "prompt")
     max_new_tokens = _whole("max_new_tokens", max_new_tokens)
-    chunk = _whole("prefill_chunk", prefill_chunk)
+    if prefill_chunk is not None:
+        _whole("prefill_chunk", prefill_chunk)
+    if on_tokens is not None and not callable(on_tokens):
+        raise ValueError(f"on_tokens={on_tokens!r} must be callable as on_tokens(index, tokens, logprobs)")
     _check_lengths(rows, max_new_tokens, params.config)
     eos = _token_set(eos_id, params.config)
     choices = _sampling_rows(sampling, len(rows))
     engine = Engine.create(params, mesh, numerics, scan_layers)
-    batch = _padded(rows, mesh)
+    batch = Padded.of(rows, mesh)
     longest = max(len(row) for row in rows)
-    chunk = min(chunk, _bucket(longest - 1)) if longest > 1 else 1
+    chunk = _chunk(prefill_chunk, longest - 1, batch.size // batch_ranks(mesh))
     starts = range(0, longest - 1, chunk)
-    capacity = _round_up(max(longest + max_new_tokens, len(starts) * chunk), _BUCKET)
+    capacity = capacity_bucket(max(longest + max_new_tokens, len(starts) * chunk))
     arrays = sampling_arrays(
         choices + [SamplingParams()] * (batch.size - len(rows)), params.config.vocab_size
     )
-    run = _Run(engine, batch, capacity, params.config)
-    decode = run.decode(max_new_tokens, arrays, any(choice.filters for choice in choices), eos)
-    for start in starts:  # every token but the last, which the decode loop takes
-        run.prefill(start, chunk, batch.lengths - 1)
-    return _output(decode(), rows)
+    run = Run(engine, batch, capacity, params.config)
+    run.prepare_decode(bucket(max_new_tokens), arrays, any(choice.filters for choice in choices), eos)
+    if starts:
+        run.prepare_prefill(chunk)
+    run.allocate(chunk)
+    for start in starts:
+        run.prefill(start, chunk)
+    return _output(run.decode(max_new_tokens, on_tokens, len(rows)), rows)
 
 
 def score(
@@ -128,18 +138,20 @@ def score(
     rows = _token_rows(sequences, params.config, "sequence")
     _check_lengths(rows, 0, params.config)
     engine = Engine.create(params, mesh, numerics, scan_layers)
-    batch = _padded(rows, mesh)
+    batch = Padded.of(rows, mesh)
     longest = max(len(row) for row in rows)
     if chunk is not None:
         _whole("chunk", chunk)
     if longest == 1:
         return [np.zeros((0,), np.float32) for _ in rows]
+    per_rank = batch.size // batch_ranks(mesh)
     if chunk is None:
-        per_token = batch.size // _batch_ranks(mesh) * params.config.vocab_size // mesh.shape["tp"]
-        chunk = max(1, min(512, _SCORE_LOGITS // per_token))
-    chunk = min(_whole("chunk", chunk), _bucket(longest - 1))
+        chunk = max(1, min(512, _SCORE_LOGITS // (per_rank * params.config.vocab_size // mesh.shape["tp"])))
+    chunk = _chunk(chunk, longest - 1, per_rank)
     starts = range(0, longest - 1, chunk)
-    run = _Run(engine, batch, _round_up(len(starts) * chunk, _BUCKET), params.config)
+    run = Run(engine, batch, capacity_bucket(len(starts) * chunk), params.config)
+    run.prepare_score(chunk)
+    run.allocate(chunk)
     parts = [run.score(start, chunk) for start in starts]
     logprobs = np.concatenate([part[0] for part in parts], axis=1)
     finite = np.concatenate([part[1] for part in parts], axis=1)
@@ -150,75 +162,14 @@ def score(
     return [logprobs[i, : len(row) - 1] for i, row in enumerate(rows)]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Padded:
-    """Rows as one array. Padding rows have length 0; padding tokens are 0."""
+def _chunk(asked: int | None, tokens: int, rows: int) -> int:
+    """Tokens of a row that one forward pass takes: what was asked, or what makes `_PASS_TOKENS` with all rows.
 
-    tokens: np.ndarray  # int32 [size, longest]
-    lengths: np.ndarray  # int32 [size]
-
-    @property
-    def size(self) -> int:
-        return len(self.lengths)
-
-    def window(self, start: int, width: int) -> np.ndarray:
-        """Tokens start .. start + width - 1, zeros past the end."""
-        part = self.tokens[:, start : start + width]
-        return np.pad(part, ((0, 0), (0, width - part.shape[1])))
-
-    def last(self) -> np.ndarray:
-        return self.tokens[np.arange(self.size), np.maximum(self.lengths - 1, 0)]
-
-
-class _Run:
-    """One call's cache and its way through the steps."""
-
-    def __init__(self, engine: Engine, batch: _Padded, capacity: int, config: Qwen3Config):
-        self._engine, self._batch = engine, batch
-        self._rows = NamedSharding(engine.steps.mesh, P(BATCH_AXES))
-        self._everywhere = NamedSharding(engine.steps.mesh, P())
-        self._cache = engine.steps.init_cache(batch.size, capacity)
-        self._tables = self._replicate(rope_tables(capacity, config.head_dim, config.rope_theta))
-
-    def _put(self, tree: Any) -> Any:
-        return jax.device_put(tree, self._rows)
-
-    def _replicate(self, tree: Any) -> Any:
-        return jax.device_put(tree, self._everywhere)
-
-    def prefill(self, start: int, width: int, lengths: np.ndarray) -> None:
-        """Takes `width` tokens of each row from `start` on into the cache."""
-        tokens, lengths = self._put((self._batch.window(start, width), lengths))
-        at = self._replicate(np.int32(start))
-        self._cache = self._engine.steps.prefill(
-            self._engine.parameters, self._cache, tokens, lengths, at, self._tables
-        )
-
-    def decode(
-        self, limit: int, sampling: SamplingArrays, filtered: bool, eos: np.ndarray
-    ) -> Callable[[], Decoded]:
-        """Begins to compile the decode loop; the call that is returned runs it, after prefill."""
-        step = self._engine.steps.decode(_bucket(limit), filtered)
-        rows = self._put((self._batch.last(), self._batch.lengths))
-        count, ends = self._replicate((np.int32(limit), eos))
-        rest = (*rows, count, self._put(sampling), ends, self._tables)
-        step.start(self._engine.parameters, self._cache, *rest)
-
-        def run() -> Decoded:
-            self._cache, out = step(self._engine.parameters, self._cache, *rest)
-            return jax.device_get(out)
-
-        return run
-
-    def score(self, start: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-        """Log-probabilities of `width` targets of each row from `start` on, and whether the logits were finite."""
-        tokens, targets = self._batch.window(start, width), self._batch.window(start + 1, width)
-        rows = self._put((tokens, targets, self._batch.lengths))
-        at = self._replicate(np.int32(start))
-        self._cache, *out = self._engine.steps.score(
-            self._engine.parameters, self._cache, *rows, at, self._tables
-        )
-        return jax.device_get(tuple(out))
+    Not more than the bucket of the longest row.
+    """
+    if asked is None:
+        asked = max(64, 1 << (_PASS_TOKENS // rows).bit_length() - 1)
+    return min(asked, bucket(max(1, tokens)))
 
 
 def _output(decoded: Decoded, rows: list[np.ndarray]) -> GenerateOutput:
@@ -310,26 +261,3 @@ def _whole(name: str, value: int) -> int:
     if number < 1:
         raise ValueError(f"{name}={value} must be a whole number of at least 1")
     return number
-
-
-def _padded(rows: list[np.ndarray], mesh: Mesh) -> _Padded:
-    """The rows and as many empty ones as make the batch a multiple of the ranks that share it."""
-    size = _round_up(len(rows), _batch_ranks(mesh))
-    tokens = np.zeros((size, max(len(row) for row in rows)), np.int32)
-    lengths = np.zeros((size,), np.int32)
-    for i, row in enumerate(rows):
-        tokens[i, : len(row)], lengths[i] = row, len(row)
-    return _Padded(tokens, lengths)
-
-
-def _batch_ranks(mesh: Mesh) -> int:
-    return mesh.shape["data"] * mesh.shape["fsdp"]
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
-
-
-def _bucket(value: int) -> int:
-    """The next power of two from 16 on: the widths that get compiled."""
-    return max(16, 1 << (value - 1).bit_length())

@@ -28,8 +28,16 @@ class Program:
         self._lock = threading.Lock()
 
     def start(self, *args: Any) -> None:
-        """Begins to compile for arguments like these, arrays on their devices; their values are not kept."""
+        """Begins to compile for arguments like these: arrays on their devices, or `jax.ShapeDtypeStruct`s of some."""
         self._future(args)
+
+    def temporary_bytes(self, *args: Any) -> int:
+        """What the program allocates on a device beside its arguments: temporaries, and results that reuse none."""
+        analysis = self._future(args).result().memory_analysis()
+        if analysis is None:
+            return 0
+        fresh = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+        return int(analysis.temp_size_in_bytes + max(0, fresh))
 
     def __call__(self, *args: Any) -> Any:
         """Runs the program; raises what compiling raised."""

@@ -6,11 +6,13 @@ are cached by (model structure, mesh, numerics), and by shape inside `jit`.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 from jax.sharding import Mesh
@@ -19,9 +21,10 @@ from jax.sharding import PartitionSpec as P
 from .layers import InvariantNumerics, Numerics, Parallel, PlainNumerics
 from .layers.base import FSDP, TP, select_over_tp
 from .loading import parameter_path, parameter_shardings
+from .memory import check_parameters
 from .mesh import BATCH_AXES
 from .models.qwen3 import Qwen3, Qwen3Config
-from .models.qwen3.modules import Batch, Cache, cache_spec, init_cache
+from .models.qwen3.modules import Batch, Cache, cache_shapes, cache_spec
 from .pallas_kernels.common.backend import device_backend
 from .pallas_kernels.tree_matmul.plan import LEAVES, plan_contraction
 from .program import Program
@@ -39,9 +42,45 @@ class Decoded(NamedTuple):
         bad_step: int32 [B], the step whose logits held NaN or infinity; `steps` where there was none.
     """
 
-    tokens: jax.Array
-    logprobs: jax.Array
-    bad_step: jax.Array
+    tokens: Any
+    logprobs: Any
+    bad_step: Any
+
+    @classmethod
+    def empty(cls, rows: int, steps: int) -> "Decoded":
+        """Nothing generated yet; host arrays."""
+        tokens = np.full((rows, steps), -1, np.int32)
+        return cls(tokens, np.zeros((rows, steps), np.float32), np.full((rows,), steps, np.int32))
+
+
+class DecodeState(NamedTuple):
+    """Where the decode loop stands, beside its cache.
+
+    Attributes:
+        step: int32, tokens generated so far.
+        token: int32 [B], the last token of each row, which the next step takes.
+        position: int32 [B], its position.
+        active: bool [B], whether a row goes on.
+        out: what was generated.
+    """
+
+    step: Any
+    token: Any
+    position: Any
+    active: Any
+    out: Decoded
+
+    @classmethod
+    def start(cls, last: np.ndarray, lengths: np.ndarray, steps: int) -> "DecodeState":
+        """Before the first step, as host arrays.
+
+        Args:
+            last: int32 [B], each prompt's last token.
+            lengths: int32 [B]; rows with length 0 are padding.
+            steps: room for so many tokens.
+        """
+        position = np.maximum(lengths - 1, 0).astype(np.int32)
+        return cls(np.int32(0), last, position, lengths > 0, Decoded.empty(len(last), steps))
 
 
 def make_numerics(name: str, mesh: Mesh) -> Numerics:
@@ -53,7 +92,7 @@ def make_numerics(name: str, mesh: Mesh) -> Numerics:
     if name == "invariant":
         return InvariantNumerics(backend=device_backend(mesh.devices.flat[0]))
     if name == "plain":
-        return PlainNumerics()
+        return PlainNumerics(cudnn=mesh.devices.flat[0].platform == "gpu")
     raise ValueError(f"numerics={name!r} is unknown; use one of {', '.join(NUMERICS)}")
 
 
@@ -80,12 +119,13 @@ class Engine:
             scan_layers: run the layers as a scan over one compiled layer; None does so on the CPU.
 
         Raises:
-            ValueError: the model does not fit the mesh, or the numerics are unknown.
+            ValueError: the model does not fit the mesh or its memory, or the numerics are unknown.
         """
         if numerics == "invariant":
             check_plans(model.config, model.dtype)
         graphdef, state = nnx.split(model)
         shardings = parameter_shardings(state, mesh)
+        check_parameters(_bytes_to_move(state, shardings), list(mesh.devices.flat))
         leaves, treedef = jax.tree.flatten(jax.device_put(state, shardings))
         specs = tuple(s.spec for s in jax.tree.leaves(shardings))
         names = [str(parameter_path(path)[-1]) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
@@ -102,6 +142,15 @@ class Engine:
         return cls(
             _steps(graphdef, treedef, specs, model.config, model.dtype, mesh, parallel, scan_layers), leaves
         )
+
+
+def _bytes_to_move(state: Any, shardings: Any) -> int:
+    """Bytes of parameters that a device has to receive."""
+    total = 0
+    for value, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(shardings), strict=True):
+        if not (isinstance(value, jax.Array) and value.sharding.is_equivalent_to(wanted, value.ndim)):
+            total += math.prod(wanted.shard_shape(value.shape)) * value.dtype.itemsize
+    return total
 
 
 def check_plans(config: Qwen3Config, dtype: jax.typing.DTypeLike) -> None:
@@ -149,27 +198,27 @@ class Steps:
         caches = cache_spec(config, stacked=self.scan_layers)
         rows: Any = P(BATCH_AXES)  # specs stand where arrays will
         scalar, tables = P(), (P(), P())
-        self.prefill = self._jit(self._prefill, (caches, rows, rows, scalar, tables), caches, donate=1)
+        self.prefill = self._jit(self._prefill, (caches, rows, rows, scalar, tables), caches, donate=(1,))
         sampling = SamplingArrays(temperature=rows, top_k=rows, top_p=rows, key=rows)
-        decode_in = (caches, rows, rows, scalar, sampling, P(), tables)
-        decode_out = (caches, Decoded(rows, rows, rows))
-        # Whether the vocabulary is sorted and how long the output is are compiled in.
-        self.decode = functools.lru_cache(maxsize=None)(
-            lambda steps, filtered: self._jit(
-                functools.partial(self._decode, steps=steps, filtered=filtered),
-                decode_in,
-                decode_out,
-                donate=1,
+        state = self.state_spec = DecodeState(scalar, rows, rows, rows, Decoded(rows, rows, rows))
+        # Whether the vocabulary is sorted is compiled in.
+        self.decode = {
+            filtered: self._jit(
+                functools.partial(self._decode, filtered=filtered),
+                (caches, state, scalar, sampling, P(), tables),
+                (caches, state),
+                donate=(1, 2),
             )
-        )
+            for filtered in (False, True)
+        }
         score_in = (caches, rows, rows, rows, scalar, tables)
-        self.score = self._jit(self._score, score_in, (caches, rows, rows), donate=1)
+        self.score = self._jit(self._score, score_in, (caches, rows, rows), donate=(1,))
         self.hidden_states = self._jit(
             self._hidden_states, (caches, rows, rows, tables), (rows, P(BATCH_AXES, None, TP))
         )
 
     def _jit(
-        self, body: Callable[..., Any], in_specs: Any, out_specs: Any, donate: int | None = None
+        self, body: Callable[..., Any], in_specs: Any, out_specs: Any, donate: tuple[int, ...] = ()
     ) -> Program:
         # The butterfly ends replicated over tp, which shard_map's check cannot infer from ppermute.
         mapped = jax.shard_map(
@@ -185,12 +234,11 @@ class Steps:
             if isinstance(self._parallel.numerics, InvariantNumerics)
             else {}
         )
-        donated = () if donate is None else (donate,)
-        return Program(jax.jit(mapped, donate_argnums=donated, compiler_options=options))
+        return Program(jax.jit(mapped, donate_argnums=donate, compiler_options=options))
 
-    def init_cache(self, batch: int, capacity: int) -> Cache:
-        """A cache of zeros for `batch` rows (all ranks together) of `capacity` positions."""
-        return init_cache(self._config, batch, capacity, self._dtype, self.mesh, stacked=self.scan_layers)
+    def cache_shapes(self, batch: int, capacity: int) -> Cache:
+        """Shapes of a cache for `batch` rows (all ranks together) of `capacity` positions; `init_cache` makes it."""
+        return cache_shapes(self._config, batch, capacity, self._dtype, self.mesh, stacked=self.scan_layers)
 
     def _model(self, parameters: list[jax.Array]) -> tuple[Qwen3, Callable[..., tuple[jax.Array, Cache]]]:
         """The module, and its forward pass."""
@@ -216,30 +264,27 @@ class Steps:
         self,
         parameters: list[jax.Array],
         cache: Cache,
-        tokens: jax.Array,
-        lengths: jax.Array,
+        state: DecodeState,
         limit: jax.Array,
         sampling: SamplingArrays,
         eos_ids: jax.Array,
         tables: Any,
         *,
-        steps: int,
         filtered: bool,
-    ) -> tuple[Cache, Decoded]:
-        """Generates up to `limit` tokens a row, from each row's last prompt token [B] at position lengths - 1.
+    ) -> tuple[Cache, DecodeState]:
+        """Generates until `limit` tokens a row are there, from where `state` stands.
 
-        The loop runs that token's forward pass itself, so the program holds one copy of the model and prefill needs no
-        logits. Rows with length 0 are padding. The loop ends when every row on every rank has met an end token.
+        The loop runs the last prompt token's forward pass itself, so the program holds one copy of the model and
+        prefill needs no logits. It ends early when every row on every rank has met an end token.
         """
         (model, forward), parallel = self._model(parameters), self._parallel
-        rows = tokens.shape[0]
 
-        def running(carry: Any) -> jax.Array:
-            step, _, _, _, active, _ = carry
-            return (step < limit) & (lax.psum(jnp.sum(active, dtype=jnp.int32), BATCH_AXES) > 0)
+        def running(carry: tuple[Cache, DecodeState]) -> jax.Array:
+            _, state = carry
+            return (state.step < limit) & (lax.psum(jnp.sum(state.active, dtype=jnp.int32), BATCH_AXES) > 0)
 
-        def body(carry: Any) -> Any:
-            step, cache, token, position, active, out = carry
+        def body(carry: tuple[Cache, DecodeState]) -> tuple[Cache, DecodeState]:
+            cache, (step, token, position, active, out) = carry
             batch = _batch(token[:, None], position[:, None], position + 1, tables)
             hidden, cache = forward(batch, cache)
             token, logprob, good = _next_token(
@@ -251,16 +296,9 @@ class Steps:
                 jnp.where(active & ~good, step, out.bad_step),
             )
             active = active & good & ~jnp.any(token[:, None] == eos_ids, axis=1)
-            return step + 1, cache, token, position + 1, active, out
+            return cache, DecodeState(step + 1, token, position + 1, active, out)
 
-        empty = Decoded(
-            jnp.full((rows, steps), -1, jnp.int32),
-            jnp.zeros((rows, steps), jnp.float32),
-            jnp.full((rows,), steps, jnp.int32),
-        )
-        start = (jnp.int32(0), cache, tokens, jnp.maximum(lengths - 1, 0), lengths > 0, empty)
-        _, cache, _, _, _, out = lax.while_loop(running, body, start)
-        return cache, out
+        return lax.while_loop(running, body, (cache, state))
 
     def _score(
         self,

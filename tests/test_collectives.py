@@ -1,6 +1,8 @@
 """Collectives in tree order: the bits of `tree_join` on any mesh, forward and backward, and no reduction of XLA's."""
 
+import functools
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from tbik_jax.collectives import tree_all_gather, tree_psum, tree_psum_scatter
+from tbik_jax.collectives import TRANSPORTS, choose_transport, tree_all_gather, tree_psum, tree_psum_scatter
 from tbik_jax.pallas_kernels import tree_matmul
 from tests import orders
 from tests.helpers import DTYPES, assert_same_bits, cancelling, differing, mixed, normal, wide
@@ -91,6 +93,45 @@ def test_psum_is_the_join_of_the_ranks(size: int, name: str) -> None:
     for kind in (normal, wide, cancelling):
         x = values(mesh, (3, 50), DTYPES[name], normal if size == 1 else kind)
         assert_same_bits(run(x), joined(x, mesh, ("tp",)))
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("name", DTYPES)
+@pytest.mark.parametrize("size", SIZES)
+def test_every_transport_carries_the_same_tree(size: int, name: str, transport: Any) -> None:
+    mesh = make({"tp": size})
+    for kind in (normal, wide, cancelling):
+        x = values(mesh, (3, 8, 9), F32, normal if size == 1 else kind)
+        x[..., 0, 0, 0] = -0.0
+        run = on(mesh, lambda x: tree_psum(x, "tp", out_dtype=DTYPES[name], transport=transport))
+        assert_same_bits(run(x), orders.round_to(joined(x, mesh, ("tp",)), DTYPES[name]))
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("axes", [("data", "tp"), ("tp", "data")])
+@pytest.mark.parametrize("place", ["fastest", "slowest", "middle"])
+def test_every_transport_knows_the_order_of_several_axes(
+    place: str, axes: tuple[str, ...], transport: Any
+) -> None:
+    mesh = make(MESHES[place])
+    x, ct = (values(mesh, (8, 9), seed=seed) for seed in (0, 1))
+    op = functools.partial(tree_psum, axis_name=axes, transport=transport)
+    assert_same_bits(on(mesh, op)(x), joined(x, mesh, axes))
+    assert_same_bits(on(mesh, pullback(op))(x, ct), joined(ct, mesh, axes))
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_the_transport_follows_size_and_ranks_alone(ranks: int) -> None:
+    assert choose_transport(1, ranks) == choose_transport(4096, ranks) == "all_gather"
+    assert choose_transport(1 << 24, ranks) == "all_to_all"
+    assert choose_transport((1 << 24) + 1, ranks) == "butterfly"
+
+
+@pytest.mark.parametrize("shape", [(3, 50), (512, 1024), (513, 1023)])
+def test_sums_of_any_size_have_the_same_bits(shape: tuple[int, ...]) -> None:
+    mesh = make({"tp": 4})
+    x = values(mesh, shape)
+    assert_same_bits(on(mesh, lambda x: tree_psum(x, "tp"))(x), joined(x, mesh, ("tp",)))
 
 
 @pytest.mark.parametrize("place", MESHES)
@@ -284,8 +325,8 @@ def test_the_gradient_of_gather_scatters_the_cotangents(
 # --- the compiled program ----------------------------------------------------------------------------------
 
 OPS = {
-    "psum": lambda x: tree_psum(x, "tp"),
-    "psum of two axes": lambda x: tree_psum(x, ("data", "tp")),
+    "psum": lambda x: tree_psum(x, "tp", transport="butterfly"),
+    "psum of two axes": lambda x: tree_psum(x, ("data", "tp"), transport="butterfly"),
     "psum_scatter": lambda x: tree_psum_scatter(x, "tp", tiled=True),
     "all_gather": lambda x: tree_all_gather(x, "tp", tiled=True),
 }
@@ -305,6 +346,25 @@ def test_the_program_permutes_and_holds_no_reduction_of_xla(name: str) -> None:
     assert "all-reduce" not in forward + backward and "reduce-scatter" not in forward + backward
     assert ("collective-permute" in forward) == (name != "all_gather")
     assert ("collective-permute" in backward) == (name != "psum_scatter")
+
+
+@pytest.mark.parametrize(
+    ("transport", "moves"), [("all_gather", ["all-gather"]), ("all_to_all", ["all-to-all", "all-gather"])]
+)
+def test_the_other_transports_hold_no_reduction_of_xla(transport: Any, moves: list[str]) -> None:
+    mesh = make({"data": 2, "tp": 4})
+    text = compiled_text(mesh, lambda x: tree_psum(x, "tp", transport=transport), values(mesh, (8, 3)))
+    assert all(move in text for move in moves)
+    assert "all-reduce" not in text and "reduce-scatter" not in text
+
+
+def test_all_to_all_hands_out_rounded_sums() -> None:
+    """Half of the bytes: what is gathered is bfloat16 already."""
+    mesh = make({"tp": 4})
+    op = functools.partial(tree_psum, axis_name="tp", out_dtype=DTYPES["bfloat16"], transport="all_to_all")
+    text = compiled_text(mesh, op, values(mesh, (8, 3)))
+    (line,) = (line for line in text.splitlines() if re.search(r" all-gather\(", line))
+    assert "u16[" in line.partition(" all-gather(")[0]
 
 
 def test_twin_the_ordinary_sum_is_a_reduction_of_xla() -> None:
@@ -390,6 +450,15 @@ def test_gather_refuses_a_dimension_out_of_range() -> None:
         trace({"tp": 8}, lambda x: tree_all_gather(x, "tp", axis=3), X)
     with pytest.raises(ValueError, match="dimension 2 is out of range for an array of 2 dimensions"):
         trace({"tp": 8}, lambda x: tree_all_gather(x, "tp", axis=2, tiled=True), X)
+
+
+def test_a_transport_that_cannot_carry_is_refused() -> None:
+    with pytest.raises(ValueError, match="cannot cut 15 elements into 8 equal shares; use 'butterfly'"):
+        trace(
+            {"tp": 8}, lambda x: tree_psum(x, "tp", transport="all_to_all"), jax.ShapeDtypeStruct((5, 3), F32)
+        )
+    with pytest.raises(ValueError, match="transport='ring' is unknown; use one of butterfly, all_gather"):
+        trace({"tp": 8}, lambda x: tree_psum(x, "tp", transport="ring"), X)
 
 
 def test_an_unknown_axis_is_an_error() -> None:

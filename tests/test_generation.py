@@ -288,6 +288,55 @@ def test_an_end_token_stops_its_row(model, expected):
     assert len(several.tokens[0]) <= 2
 
 
+@pytest.mark.parametrize("eos", [False, True])
+def test_streamed_tokens_are_the_result(model, expected, eos):
+    new = 20  # more than one look
+    eos_id = int(expected.tokens[0][3]) if eos else None
+    arguments = {
+        "mesh": make_mesh(data=2, tp=2),
+        "max_new_tokens": new,
+        "sampling": SAMPLING,
+        "eos_id": eos_id,
+    }
+    parts = {i: [] for i in range(len(PROMPTS))}
+    out = generate(model, PROMPTS, on_tokens=lambda i, t, p: parts[i].append((t, p)), **arguments)
+    whole = generate(model, PROMPTS, **arguments)
+    assert_same_bits((out.tokens, out.logprobs), (whole.tokens, whole.logprobs))
+    joined = [[np.concatenate(each) for each in zip(*parts[i], strict=True)] for i in parts]
+    assert_same_bits([j[0] for j in joined], out.tokens)
+    assert_same_bits([j[1] for j in joined], out.logprobs)
+    assert max(len(each) for each in parts.values()) > 1  # it came in parts
+
+
+def test_what_the_callback_raises_ends_the_generation(model):
+    seen = []
+
+    def stop(index, tokens, logprobs):
+        seen.append(index)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        generate(model, PROMPTS, mesh=make_mesh(), max_new_tokens=64, on_tokens=stop)
+    assert seen == [0]
+
+
+def test_prompts_of_one_bucket_share_their_programs(model):
+    from tbik_jax.program import Program
+
+    generate(model, [[1] * 70], mesh=make_mesh(), max_new_tokens=20)
+    compiled = []
+    original = Program._compile
+    try:
+        Program._compile = lambda self, shapes: compiled.append(1) or original(self, shapes)
+        for length, new in ((90, 20), (67, 24), (97, 17)):
+            generate(model, [[1] * length], mesh=make_mesh(), max_new_tokens=new)
+        assert not compiled
+        generate(model, [[1] * 98], mesh=make_mesh(), max_new_tokens=20)  # twin: the next bucket
+        assert compiled
+    finally:
+        Program._compile = original
+
+
 def test_one_seed_for_all_and_one_a_prompt(model):
     same = [PROMPTS[0]] * 3
     hot = SamplingParams(temperature=1.5, seed=5)

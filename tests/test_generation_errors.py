@@ -32,6 +32,7 @@ BAD_CALLS = {
     "no new tokens": ({"max_new_tokens": 0}, "max_new_tokens=0 must be a whole number of at least 1"),
     "half a token": ({"max_new_tokens": 1.5}, "max_new_tokens=1.5"),
     "chunk": ({"prefill_chunk": 0}, "prefill_chunk=0"),
+    "callback": ({"on_tokens": "print"}, "on_tokens='print' must be callable"),
     "sampling count": ({"sampling": [SamplingParams()] * 2}, "one for each of the 1 prompts"),
     "eos": ({"eos_id": 128}, "eos_id=128 is no token id"),
     "numerics": ({"numerics": "exact"}, "numerics='exact' is unknown; use one of invariant, plain"),

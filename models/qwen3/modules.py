@@ -235,10 +235,10 @@ class Qwen3(nnx.Module):
         return ops.column_parallel(hidden, weight, out_dtype=jnp.float32)
 
 
-def init_cache(
+def cache_shapes(
     config: Qwen3Config, batch: int, capacity: int, dtype: jax.typing.DTypeLike, mesh: Mesh, *, stacked: bool
 ) -> Cache:
-    """A cache of zeros on a mesh.
+    """Shapes and shardings of a cache on a mesh, as a tree like it.
 
     Args:
         config: of the model.
@@ -249,14 +249,16 @@ def init_cache(
         stacked: one entry with a leading layer dimension.
     """
     shape = (batch, capacity, config.num_key_value_heads, config.head_dim)
-    spec = cache_spec(config, stacked=stacked)
+    full = (config.num_hidden_layers, *shape) if stacked else shape
+    return jax.tree.map(
+        lambda spec: jax.ShapeDtypeStruct(full, dtype, sharding=NamedSharding(mesh, spec)),
+        cache_spec(config, stacked=stacked),
+    )
 
-    def zeros(layer_spec: LayerCache) -> LayerCache:
-        full = (config.num_hidden_layers, *shape) if stacked else shape
-        # two calls: the step donates both arrays, so they must not be one
-        return jax.tree.map(lambda p: jnp.zeros(full, dtype, device=NamedSharding(mesh, p)), layer_spec)
 
-    return zeros(spec) if isinstance(spec, LayerCache) else tuple(zeros(each) for each in spec)
+def init_cache(shapes: Cache) -> Cache:
+    """A cache of zeros of these `cache_shapes`; each array is one of its own, since the steps donate them."""
+    return jax.tree.map(lambda each: jnp.zeros(each.shape, each.dtype, device=each.sharding), shapes)
 
 
 def cache_spec(config: Qwen3Config, *, stacked: bool) -> Cache:

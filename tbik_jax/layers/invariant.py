@@ -41,7 +41,7 @@ class InvariantNumerics:
         partial = tree_matmul(
             x, w, plan.local_leaves(ranks), out_dtype=jnp.float32, backend=self._backend(x.dtype)
         )
-        return round_to(tree_psum(partial, TP), x.dtype)
+        return tree_psum(partial, TP, out_dtype=x.dtype)
 
     def rms_norm(self, x: jax.Array, scale: jax.Array, *, eps: float) -> jax.Array:
         return rms_norm(x, scale, eps=eps)
