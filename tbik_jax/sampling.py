@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .pallas_kernels.common.rounding import div, exp, log, mul
+from .pallas_kernels.common.rounding import exp, mul
 from .pallas_kernels.common.tree import tree_sum
+from .pallas_kernels.sampling.reference import gumbel_noise, scaled_logits
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,6 +64,10 @@ class SamplingArrays:
     top_p: jax.Array
     key: jax.Array
 
+    def narrow(self, vocab_size: int) -> jax.Array:
+        """Which rows rule tokens out; bool [B]."""
+        return (self.temperature > 0) & ((self.top_k < vocab_size) | (self.top_p <= 1))
+
 
 def sampling_arrays(params: list[SamplingParams], vocab_size: int) -> SamplingArrays:
     """Host (numpy) arrays for a batch; `jax.device_put` places them."""
@@ -85,39 +90,19 @@ def sample(logits: jax.Array, positions: jax.Array, params: SamplingArrays, *, f
         logits: float32 [B, V], finite.
         positions: int32 [B], the absolute position that the new token will have.
         params: of the batch.
-        filtered: whether any row uses top_k or top_p; without, no sort is compiled.
+        filtered: whether any row uses top_k or top_p; without, no sort is compiled, and `sample_argmax` gives the same
+            tokens with less work.
 
     Returns:
         int32 [B]. Ties go to the lowest vocabulary id.
     """
     hot = params.temperature > 0
-    # relative to the largest, so that a small temperature cannot carry several tokens to infinity
-    relative = logits - jnp.max(logits, axis=-1, keepdims=True)
-    scaled = div(relative, jnp.where(hot, params.temperature, 1)[:, None])
+    scaled = scaled_logits(logits, jnp.max(logits, axis=-1), params.temperature)
     noisy = scaled + gumbel_noise(params.key, positions, logits.shape[1])
     if filtered:
         noisy = jnp.where(_kept(scaled, params), noisy, -jnp.inf)
     chosen = jnp.where(hot[:, None], noisy, logits)
     return jnp.argmax(chosen, axis=-1).astype(jnp.int32)
-
-
-def gumbel_noise(key: jax.Array, positions: jax.Array, vocab_size: int) -> jax.Array:
-    """Gumbel noise float32 [B, V]: element (b, v) is a function of (key[b], positions[b], v) and of nothing else.
-
-    Threefry-2x32 of the seed, folded with the position, folded with the vocabulary id; 23 of its bits make a uniform
-    number u in (0, 1), and the noise is -log(-log(u)).
-    """
-
-    def row(words: jax.Array, position: jax.Array) -> jax.Array:
-        at_position = jax.random.fold_in(jax.random.wrap_key_data(words, impl="threefry2x32"), position)
-        folded = jax.vmap(jax.random.fold_in, (None, 0))(
-            at_position, jnp.arange(vocab_size, dtype=jnp.uint32)
-        )
-        return jax.random.key_data(folded)[:, 0]
-
-    bits = jax.vmap(row)(key, positions.astype(jnp.uint32))
-    uniform = ((bits >> 9).astype(jnp.float32) + np.float32(0.5)) * np.float32(2.0**-23)  # exact: 24 bits
-    return -log(-log(uniform))
 
 
 def _number(value: object) -> bool:

@@ -18,7 +18,7 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from .layers import InvariantNumerics, Numerics, Parallel, PlainNumerics
+from .layers import InvariantNumerics, Numerics, Parallel, PlainNumerics, VocabStatistics
 from .layers.base import FSDP, TP, select_over_tp
 from .loading import parameter_path, parameter_shardings
 from .memory import check_parameters
@@ -319,8 +319,8 @@ class Steps:
         inside = (local >= 0) & (local < logits.shape[-1])
         chosen = jnp.take_along_axis(logits, jnp.where(inside, local, 0)[..., None], axis=-1)[..., 0]
         chosen = select_over_tp(jnp.where(inside, chosen, 0))
-        finite = lax.psum(jnp.any(~(jnp.abs(logits) < jnp.inf), axis=-1).astype(jnp.int32), TP) == 0
-        return cache, _logprob(chosen, logits, parallel), finite
+        statistics = parallel.numerics.vocab_statistics(logits)
+        return cache, _logprob(chosen, statistics), statistics.finite
 
     def _hidden_states(
         self, parameters: list[jax.Array], cache: Cache, tokens: jax.Array, lengths: jax.Array, tables: Any
@@ -343,15 +343,26 @@ def _next_token(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Token, log-probability and whether the logits were finite, each [B], from logits [B, V/tp].
 
-    The logits of the whole vocabulary are gathered (which moves bits), and every tp rank samples the same token.
+    Each tp rank draws from its part of the vocabulary. Only for rows that use top_k or top_p the logits of the whole one
+    are gathered (which moves bits), and every rank samples the same token. Rows that do not use them take the same path
+    whoever stands beside them.
     """
-    whole = lax.all_gather(logits, TP, axis=1, tiled=True)
-    good = jnp.all(jnp.abs(whole) < jnp.inf, axis=-1)  # false for NaN too
-    token = sample(jnp.where(good[:, None], whole, 0), positions, sampling, filtered=filtered)
-    chosen = jnp.take_along_axis(whole, token[:, None], axis=-1)[:, 0]
-    return token, _logprob(chosen, logits, parallel), good
+    statistics = parallel.numerics.vocab_statistics(logits)
+    hot = sampling.temperature > 0
+    drawn, drawn_logit = parallel.numerics.draw(
+        logits, statistics.row_max, sampling.temperature, sampling.key, positions
+    )
+    token = jnp.where(hot, drawn, statistics.best)
+    chosen = jnp.where(hot, drawn_logit, statistics.row_max)
+    if filtered:
+        whole = lax.all_gather(logits, TP, axis=1, tiled=True)
+        narrow = sampling.narrow(whole.shape[1])
+        kept = sample(jnp.where(statistics.finite[:, None], whole, 0), positions, sampling, filtered=True)
+        token = jnp.where(narrow, kept, token)
+        kept_logit = jnp.take_along_axis(whole, kept[:, None], axis=-1)[:, 0]
+        chosen = jnp.where(narrow, kept_logit, chosen)
+    return token, _logprob(chosen, statistics), statistics.finite
 
 
-def _logprob(chosen: jax.Array, logits: jax.Array, parallel: Parallel) -> jax.Array:
-    row_max, log_total = parallel.numerics.log_normaliser(logits)
-    return (chosen - row_max) - log_total
+def _logprob(chosen: jax.Array, statistics: VocabStatistics) -> jax.Array:
+    return (chosen - statistics.row_max) - statistics.log_total

@@ -117,9 +117,19 @@ def swiglu(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
     return round_to(flush(silu * up.astype(F32)), gate.dtype)
 
 
+def leaf_sums(x: np.ndarray, leaves: int) -> tuple[np.ndarray, np.ndarray]:
+    """Maximum of each leaf, and sum of exp(x - maximum) by `tree_sum`: [..., leaves] each."""
+    parts = np.split(x, leaves, axis=-1)
+    maxima = np.stack([part.max(axis=-1) for part in parts], axis=-1)
+    sums = [tree_sum(exp(part - maxima[..., i, None])) for i, part in enumerate(parts)]
+    return maxima, np.stack(sums, axis=-1)
+
+
 def exp_sum(x: np.ndarray, row_max: np.ndarray, leaves: int) -> np.ndarray:
-    """Sum of exp(x - row_max): `tree_sum` in a leaf, leaves by tree."""
-    return tree_join([tree_sum(part) for part in np.split(exp(x - row_max[..., None]), leaves, axis=-1)])
+    """Sum of exp(x - row_max): each leaf about its own maximum, rescaled and rounded, leaves by tree."""
+    maxima, sums = leaf_sums(x, leaves)
+    scaled = flush(sums * exp(maxima - row_max[..., None]))
+    return tree_join([scaled[..., i] for i in range(leaves)])
 
 
 def log_softmax(x: np.ndarray, leaves: int) -> np.ndarray:

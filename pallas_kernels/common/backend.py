@@ -52,6 +52,33 @@ def resolve_backend(backend: str | None, dtype: jax.typing.DTypeLike) -> str:
     return backend
 
 
+def resolve_float32_backend(backend: str | None, refusal: str | None) -> str:
+    """The backend of an op on float32 rows that has a reference and a Hopper kernel with equal bits.
+
+    Args:
+        backend: "reference" or "mosaic_gpu", which means that one or an error; None chooses by JAX's default device
+            and by `refusal`.
+        refusal: why the kernel does not take these sizes, or None if it does.
+
+    Raises:
+        ValueError: an unknown name, or a kernel that does not take the sizes.
+    """
+    if backend is None:
+        default = jax.config.jax_default_device
+        device = default if isinstance(default, jax.Device) else jax.devices(default)[0]
+        return float32_backend(device_backend(device), refusal)
+    if backend not in ("reference", "mosaic_gpu"):
+        raise ValueError(f"backend={backend!r} is not one of reference, mosaic_gpu; or None to choose")
+    if backend == "mosaic_gpu" and refusal:
+        raise ValueError(f"backend='mosaic_gpu': {refusal}; use 'reference', which has the same bits there")
+    return backend
+
+
+def float32_backend(backend: str, refusal: str | None) -> str:
+    """What an op on float32 rows runs where the matmul's backend is `backend`."""
+    return "mosaic_gpu" if backend == "mosaic_gpu" and refusal is None else "reference"
+
+
 def require_triton() -> None:
     """Checks that the packages of the `triton` backend are installed, without importing them.
 

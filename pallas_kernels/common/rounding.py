@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-_LN2_HI = np.float32(0.693359375)
-_LN2_LO = np.float32(-2.12194440e-4)
-_LOG2_E = np.float32(1.4426950408889634)
-_EXP_COEFFICIENTS = tuple(
+LN2_HI = np.float32(0.693359375)
+LN2_LO = np.float32(-2.12194440e-4)
+LOG2_E = np.float32(1.4426950408889634)
+EXP_COEFFICIENTS = tuple(
     np.float32(c)
     for c in (
         1.9875691500e-4,
@@ -24,7 +24,7 @@ _EXP_COEFFICIENTS = tuple(
         5.0000001201e-1,
     )
 )
-_LOG_COEFFICIENTS = tuple(
+LOG_COEFFICIENTS = tuple(
     np.float32(c)
     for c in (
         7.0376836292e-2,
@@ -38,7 +38,7 @@ _LOG_COEFFICIENTS = tuple(
         3.3333331174e-1,
     )
 )
-_SQRT_HALF = np.float32(0.70710678118654752440)
+SQRT_HALF = np.float32(0.70710678118654752440)
 _SPARE_NAN = np.int32(0x7FEDCBA9)  # a NaN that no operation makes
 
 
@@ -84,11 +84,11 @@ def exp(x: jax.Array) -> jax.Array:
     Range reduction by ln 2 in two parts and a degree-6 polynomial (Cephes `expf`), every product rounded alone.
     """
     clipped = jnp.clip(x, np.float32(-104.0), np.float32(89.0))
-    n = jnp.round(mul(clipped, _LOG2_E))
-    r = clipped - mul(n, _LN2_HI)
-    r = r - mul(n, _LN2_LO)
-    p = jnp.full_like(r, _EXP_COEFFICIENTS[0])
-    for c in _EXP_COEFFICIENTS[1:]:
+    n = jnp.round(mul(clipped, LOG2_E))
+    r = clipped - mul(n, LN2_HI)
+    r = r - mul(n, LN2_LO)
+    p = jnp.full_like(r, EXP_COEFFICIENTS[0])
+    for c in EXP_COEFFICIENTS[1:]:
         p = mul(p, r) + c
     y = mul(mul(p, r), r) + r + np.float32(1)
     n = n.astype(jnp.int32)
@@ -104,17 +104,17 @@ def log(x: jax.Array) -> jax.Array:
     bits = lax.bitcast_convert_type(x, jnp.int32)
     exponent = (bits >> 23) - 126
     mantissa = lax.bitcast_convert_type((bits & 0x007FFFFF) | 0x3F000000, jnp.float32)  # in [0.5, 1)
-    small = mantissa < _SQRT_HALF
+    small = mantissa < SQRT_HALF
     e = jnp.where(small, exponent - 1, exponent).astype(jnp.float32)
     z = jnp.where(small, mantissa + mantissa, mantissa) - np.float32(1)
     zz = mul(z, z)
-    p = jnp.full_like(z, _LOG_COEFFICIENTS[0])
-    for c in _LOG_COEFFICIENTS[1:]:
+    p = jnp.full_like(z, LOG_COEFFICIENTS[0])
+    for c in LOG_COEFFICIENTS[1:]:
         p = mul(p, z) + c
     y = mul(mul(p, z), zz)
-    y = y + mul(e, _LN2_LO)
+    y = y + mul(e, LN2_LO)
     y = y - mul(zz, np.float32(0.5))
-    y = z + y + mul(e, _LN2_HI)
+    y = z + y + mul(e, LN2_HI)
     y = jnp.where(x == np.float32(np.inf), x, y)
     y = jnp.where(
         x < np.finfo(np.float32).tiny, np.float32(-np.inf), y

@@ -1,7 +1,7 @@
 """The operations a model calls, and where its ranks stand in the mesh."""
 
 import dataclasses
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +9,26 @@ from jax import lax
 
 from ..collectives import tree_all_gather
 from ..pallas_kernels.embedding.api import embedding
+from ..pallas_kernels.sampling.api import Draw, sample_argmax
 
 TP = "tp"
 FSDP = "fsdp"
+
+
+class VocabStatistics(NamedTuple):
+    """What there is to know of a row of logits over the whole vocabulary, the same on every tp rank.
+
+    Attributes:
+        row_max: float32 [...], the largest logit.
+        log_total: float32 [...], the logarithm of the sum of exp(logit - row_max).
+        best: int32 [...], the lowest vocabulary id with the largest logit.
+        finite: bool [...], whether no logit is NaN or infinite; the rest means nothing where one is.
+    """
+
+    row_max: jax.Array
+    log_total: jax.Array
+    best: jax.Array
+    finite: jax.Array
 
 
 class Numerics(Protocol):
@@ -51,8 +68,19 @@ class Numerics(Protocol):
         """The residual add."""
         ...
 
-    def log_normaliser(self, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Maximum and log-sum-exp above it of logits [..., V/tp] over the whole vocabulary, each float32 [...]."""
+    def vocab_statistics(self, logits: jax.Array) -> VocabStatistics:
+        """Statistics of float32 logits [..., V/tp] over the whole vocabulary."""
+        ...
+
+    def draw(
+        self,
+        logits: jax.Array,
+        row_max: jax.Array,
+        temperature: jax.Array,
+        key: jax.Array,
+        positions: jax.Array,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Tokens int32 [B] sampled from float32 logits [B, V/tp] (see `sample_argmax`), and their logits."""
         ...
 
 
@@ -93,3 +121,34 @@ def select_over_tp(x: jax.Array) -> jax.Array:
     unsigned = {2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
     bits = lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
     return lax.bitcast_convert_type(lax.psum(bits, TP).astype(unsigned), x.dtype)
+
+
+def gather_over_tp(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Arrays of one shape and of 32 bits an element, [tp, ...] from all ranks in one collective, which moves bits."""
+    if lax.axis_size(TP) == 1:
+        return tuple(x[None] for x in arrays)
+    words = lax.all_gather(jnp.stack([lax.bitcast_convert_type(x, jnp.int32) for x in arrays]), TP, axis=1)
+    return tuple(lax.bitcast_convert_type(w, x.dtype) for w, x in zip(words, arrays, strict=True))
+
+
+def draw_over_tp(
+    logits: jax.Array,
+    row_max: jax.Array,
+    temperature: jax.Array,
+    key: jax.Array,
+    positions: jax.Array,
+    *,
+    backend: str,
+) -> tuple[jax.Array, jax.Array]:
+    """Tokens [B] and their logits from logits [B, V/tp]: each rank draws from its part, and the best part wins.
+
+    The comparison is exact; of equal ones the lowest rank, whose ids are the lowest, as in the whole vocabulary.
+    """
+    offset = lax.axis_index(TP) * logits.shape[-1]
+    drawn = sample_argmax(logits, row_max, temperature, key, positions, offset=offset, backend=backend)
+    parts = Draw(*gather_over_tp(*drawn))
+    if len(parts.value) == 1:
+        return parts.token[0], parts.logit[0]
+    rank = jnp.argmax(parts.value, axis=0)[None]
+    token, logit = (jnp.take_along_axis(x, rank, axis=0)[0] for x in (parts.token, parts.logit))
+    return token, logit

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .base import TP
+from .base import TP, VocabStatistics, draw_over_tp, gather_over_tp
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,9 +66,24 @@ class PlainNumerics:
     def add(self, x: jax.Array, y: jax.Array) -> jax.Array:
         return x + y
 
-    def log_normaliser(self, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-        row_max = lax.pmax(jnp.max(logits, axis=-1), TP)
-        return row_max, jnp.log(lax.psum(jnp.sum(jnp.exp(logits - row_max[..., None]), axis=-1), TP))
+    def vocab_statistics(self, logits: jax.Array) -> VocabStatistics:
+        best = jnp.argmax(logits, axis=-1).astype(jnp.int32) + lax.axis_index(TP) * logits.shape[-1]
+        maxima, ids = gather_over_tp(jnp.max(logits, axis=-1), best)
+        row_max, rank = jnp.max(maxima, axis=0), jnp.argmax(maxima, axis=0)
+        best = jnp.take_along_axis(ids, rank[None], axis=0)[0]
+        total = lax.psum(jnp.sum(jnp.exp(logits - row_max[..., None]), axis=-1), TP)
+        finite = lax.psum(jnp.any(~(jnp.abs(logits) < jnp.inf), axis=-1).astype(jnp.int32), TP) == 0
+        return VocabStatistics(row_max, jnp.log(total), best, finite)
+
+    def draw(
+        self,
+        logits: jax.Array,
+        row_max: jax.Array,
+        temperature: jax.Array,
+        key: jax.Array,
+        positions: jax.Array,
+    ) -> tuple[jax.Array, jax.Array]:
+        return draw_over_tp(logits, row_max, temperature, key, positions, backend="reference")
 
 
 def _masked(

@@ -1,0 +1,1 @@
+"""Sampling: the argmax of logits with Gumbel noise."""
