@@ -40,11 +40,15 @@ class AttentionConfig:
 
     def __post_init__(self) -> None:
         if self.variant not in ("tiles", "split") or self.cluster not in _RESIDENT_CLUSTERS:
-            raise ValueError(f"variant={self.variant!r} must be 'tiles' or 'split', cluster={self.cluster} 1, 2, 4 or 8")
+            raise ValueError(
+                f"variant={self.variant!r} must be 'tiles' or 'split', cluster={self.cluster} 1, 2, 4 or 8"
+            )
         if self.variant == "tiles" and self.cluster > 1:
             raise ValueError(f"variant='tiles' shares out nothing; cluster={self.cluster} must be 1")
         if self.stages < 2 or self.kv_group < 1:
-            raise ValueError(f"stages={self.stages} must be at least 2 and kv_group={self.kv_group} at least 1")
+            raise ValueError(
+                f"stages={self.stages} must be at least 2 and kv_group={self.kv_group} at least 1"
+            )
 
 
 def choose_config(shape: AttentionShape, splits: int) -> AttentionConfig:

@@ -1,18 +1,18 @@
 """Causal attention for Hopper GPUs, in Pallas Mosaic GPU: prefill, chunks of it and decode with one set of bits.
 
-A consumer warpgroup owns 64 rows, each a query of one head. It walks blocks of keys: scores by one wgmma, softmax step in
-registers, values by a second wgmma whose left operand, the weights, never leaves the registers. The scores of the next
-block are multiplied beside the values of this one. A split of the keys has an accumulator of its own, and splits are
-joined in ascending order (`_merge`).
+A consumer warpgroup owns 64 rows, each a query of one head. It walks blocks of keys: scores by wgmma, softmax step in
+registers, values by a wgmma whose left operand, the weights, never leaves the registers. The scores of the next block
+are multiplied beside the values of this one. A split of the keys has an accumulator of its own, and splits are joined
+in ascending order (`_merge`).
 
-* "tiles" (prefill): two consumers a CTA with 64 queries of one head each. They walk all keys and join the splits as they
-  come; the joined ones wait in shared memory.
+* "tiles" (prefill): two consumers a CTA with 64 queries of one head each. They walk all keys and join the splits as
+  they come; the joined ones wait in shared memory.
 * "split" (decode, short chunks): one consumer, whose rows are the queries and the heads of one KV head. The CTAs of a
   cluster take every cluster-th split and leave it in global memory; then each joins all splits of a part of the rows. A
   cluster of one joins them in shared memory like "tiles".
 
-A row's bits do not depend on its place among the 64, nor on the rows beside it, and blocks and splits that a row does not
-see change nothing in it: so both variants, every tile and every number of CTAs give a query the same bits. What is
+A row's bits do not depend on its place among the 64, nor on the rows beside it, and blocks and splits that a row does
+not see change nothing in it: so both variants, every tile and every number of CTAs give a query the same bits. What is
 multiplied, rounded and added in which order stands once, in `_softmax_step`, `_rescale`, `_merge` and `_normalise`.
 """
 
@@ -60,8 +60,8 @@ def attention_mosaic_gpu(
 
     Args:
         q: [B, T, N, H], bfloat16 or float16; H is 64 or 128.
-        k: [B, S, K, H] of the same type, key s at absolute position s; N is a multiple of K, at most 64 times K. S is at
-            least `plan.block` and a multiple of 8.
+        k: [B, S, K, H] of the same type, key s at absolute position s; N is a multiple of K, at most 64 times K. S is
+            at least `plan.block` and a multiple of 8.
         v: like k. Values past a query's position may hold anything finite.
         starts: int32 [B], the absolute position of each row's first query; the others follow one by one, all below S.
         plan: blocks of 128 keys; any number of them a split.
@@ -79,7 +79,9 @@ def attention_mosaic_gpu(
     shape = _check_operands(q, k, v, starts, plan, scale)
     config = config or choose_config(shape, pl.cdiv(shape.s, plan.split))
     if config.variant == "split" and shape.t * shape.group > ROWS:
-        raise ValueError(f"variant='split' takes up to {ROWS} rows, not T={shape.t} times N/K={shape.group}; use 'tiles'")
+        raise ValueError(
+            f"variant='split' takes up to {ROWS} rows, not T={shape.t} times N/K={shape.group}; use 'tiles'"
+        )
     if not interpret:
         _check_device()
     problem = _Problem(shape=shape, dtype=q.dtype, plan=plan, scale=scale, config=config, interpret=interpret)
@@ -139,9 +141,9 @@ class _Problem:
         """Shared memory [*shape, parts, ROWS, _WIDTH] for queries, and for the output.
 
         To have TMA fill tiled memory Pallas tiles the array in global memory as well, and refuses one that does not
-        divide into tiles of 8 rows, though TMA clips anywhere. But in a buffer as wide as the swizzle every byte has the
-        same place tiled and untiled. So it gets two names, the tiled one for the warpgroups and a plain one for TMA,
-        which then takes any number of rows. The interpreter ignores layouts, and would keep two names in two buffers;
+        divide into tiles of 8 rows, though TMA clips anywhere. But in a buffer as wide as the swizzle every byte has
+        the same place tiled and untiled. So it gets two names, the tiled one for the warpgroups and a plain one for
+        TMA, which then takes any number of rows. The interpreter ignores layouts, and would keep two names in two buffers;
         there one name serves both.
         """
         whole, transforms = (*shape, self.parts, ROWS, _WIDTH), _tiled(self.dtype.itemsize)
@@ -193,9 +195,7 @@ class _Problem:
 # --- the arithmetic: everything that is rounded, apart from the two matrix products -------------------------------
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["maximum", "lanes"], meta_fields=[]
-)
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["maximum", "lanes"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class _Softmax:
     """A split so far: maximum [rows] of its exponents and the sum of its weights in lanes [rows, _LANES]."""
@@ -236,9 +236,7 @@ def _rescale(values: jax.Array, shrink: jax.Array) -> jax.Array:
     return values * lax.broadcast_in_dim(shrink, values.shape, [0])
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["maximum", "total"], meta_fields=[]
-)
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["maximum", "total"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class _Partial:
     """Splits that were joined, or one split: maximum and sum of weights, both [rows]. The values go beside it."""
@@ -250,7 +248,7 @@ class _Partial:
 def _merge(
     left: _Partial, right: _Partial, left_values: jax.Array, right_values: jax.Array, product: "_Product"
 ) -> tuple[_Partial, jax.Array]:
-    """Joins a split, on the right, to those before it. One without keys changes nothing, nor does an empty left side."""
+    """Joins a split, on the right, to those before it. A side without keys leaves the other one's bits as they are."""
     maximum = jnp.maximum(left.maximum, right.maximum)
     a, b = jnp.exp2(left.maximum - maximum), jnp.exp2(right.maximum - maximum)
 
@@ -276,8 +274,8 @@ def _normalise(partial: _Partial, values: jax.Array, dtype: Any) -> jax.Array:
 class _Product:
     """Products of fp32 arrays, each rounded by itself.
 
-    LLVM and ptxas both contract `a * b + c * d` to a fused multiply-add, of either product, unless a multiplication says
-    its rounding. The interpreter has no such instruction and no such compilers.
+    LLVM and ptxas both contract `a * b + c * d` to a fused multiply-add, of either product, unless a multiplication
+    says its rounding. The interpreter has no such instruction and no such compilers.
     """
 
     interpret: bool
@@ -576,9 +574,7 @@ def _tiles_kernel(
                 src = q_gmem.at[row, pl.ds(first, ROWS), head]
                 _copy_queries(problem, src, q_plain.at[i], smem.q_full.at[i])
 
-        _stream_keys_and_values(
-            problem, smem, k_gmem, v_gmem, row, kv_head, count, lambda i: i, copy_queries
-        )
+        _stream_keys_and_values(problem, smem, k_gmem, v_gmem, row, kv_head, count, lambda i: i, copy_queries)
 
     @pl.when(wg < 2)
     def _() -> None:
@@ -607,7 +603,9 @@ def _tiles_kernel(
         lax.fori_loop(mine, count, drain, None)  # blocks that only the other warpgroup needs
         values = plgpu.load(joined_smem, layout=plgpu.Layout.WGMMA)
         out = _normalise(joined, values, problem.dtype)
-        _store(problem, out, (q_smem.at[wg], q_plain.at[wg]), out_gmem.at[row, pl.ds(first, ROWS), head], ROWS)
+        _store(
+            problem, out, (q_smem.at[wg], q_plain.at[wg]), out_gmem.at[row, pl.ds(first, ROWS), head], ROWS
+        )
 
 
 def _tile_of(problem: _Problem, cta: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -696,9 +694,7 @@ def _split_kernel(
             # The rows behind hold whatever is there, and are never stored.
             _copy_queries(problem, q_gmem.at[index], q_plain, smem.q_full)
 
-        _stream_keys_and_values(
-            problem, smem, k_gmem, v_gmem, row, kv_head, count, block_at, copy_queries
-        )
+        _stream_keys_and_values(problem, smem, k_gmem, v_gmem, row, kv_head, count, block_at, copy_queries)
 
     @pl.when(wg == 0)
     def _() -> None:
@@ -730,7 +726,10 @@ def _split_kernel(
 
 
 def _send(
-    problem: _Problem, smem: types.SimpleNamespace, parts: list[_Ref], split_at: Callable[[jax.Array], jax.Array]
+    problem: _Problem,
+    smem: types.SimpleNamespace,
+    parts: list[_Ref],
+    split_at: Callable[[jax.Array], jax.Array],
 ) -> Callable[[jax.Array, _Softmax, jax.Array, _Partial], _Partial]:
     """`end_split` of a CTA in a cluster: a split's values, and maximum and total, go to global memory."""
 
@@ -777,7 +776,9 @@ def _join_rows(problem: _Problem, parts: list[_Ref], splits: jax.Array, out: _Re
 
         def batch(i: jax.Array, carry: tuple[_Partial, jax.Array]) -> tuple[_Partial, jax.Array]:
             joined, values = carry
-            loaded = [load(i * _BATCH + j) for j in range(_BATCH)]  # all at once: each takes the L2 cache's latency
+            loaded = [
+                load(i * _BATCH + j) for j in range(_BATCH)
+            ]  # all at once: each takes the L2 cache's latency
             for part, part_values in loaded:
                 joined, values = _merge(joined, part, values, part_values, product)
             return joined, values
@@ -821,7 +822,9 @@ def _check_operands(
 ) -> AttentionShape:
     (b, t, n, h), (s, kv_heads) = q.shape, k.shape[1:3]
     if k.shape != (b, s, kv_heads, h) or v.shape != k.shape or starts.shape != (b,) or n % kv_heads:
-        raise ValueError(f"q {q.shape}, k {k.shape}, v {v.shape} and starts {starts.shape} do not fit together")
+        raise ValueError(
+            f"q {q.shape}, k {k.shape}, v {v.shape} and starts {starts.shape} do not fit together"
+        )
     if not q.dtype == k.dtype == v.dtype or q.dtype not in (jnp.bfloat16, jnp.float16):
         raise ValueError(
             f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}; all must be bfloat16, or all float16; use "
@@ -830,9 +833,13 @@ def _check_operands(
     if h not in (64, 128):
         raise ValueError(f"head_dim={h} must be 64 or 128; use backend='reference'")
     if plan.block != 128:
-        raise ValueError(f"the GPU kernel walks blocks of 128 keys, not {plan.block}; use backend='reference'")
+        raise ValueError(
+            f"the GPU kernel walks blocks of 128 keys, not {plan.block}; use backend='reference'"
+        )
     if n // kv_heads > ROWS:
-        raise ValueError(f"{n // kv_heads} query heads a KV head are more than {ROWS}; use backend='reference'")
+        raise ValueError(
+            f"{n // kv_heads} query heads a KV head are more than {ROWS}; use backend='reference'"
+        )
     if not (scale > 0 and math.isfinite(scale)):
         raise ValueError(f"scale={scale} must be positive; negate q, or use backend='reference'")
     if t < 1 or b < 1 or s < plan.block:

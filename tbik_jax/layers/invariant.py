@@ -8,6 +8,7 @@ from jax import lax
 
 from ..collectives import tree_psum
 from ..pallas_kernels import attention, exp_sum, rms_norm, rope, swiglu, tree_matmul
+from ..pallas_kernels.attention.api import attention_backend
 from ..pallas_kernels.common.rounding import log, round_to
 from ..pallas_kernels.tree_matmul.plan import LEAVES, plan_contraction
 from .base import TP
@@ -18,7 +19,8 @@ class InvariantNumerics:
     """See `Numerics`.
 
     Attributes:
-        backend: of `tree_matmul` for bfloat16 and float16 operands; float32 takes the reference.
+        backend: of `tree_matmul`, and of `attention` where it has that backend, for bfloat16 and float16 operands;
+            float32 takes the reference.
     """
 
     backend: str = "reference"
@@ -53,7 +55,9 @@ class InvariantNumerics:
         return swiglu(gate, up)
 
     def attention(self, q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> jax.Array:
-        return attention(q, k, v, positions)
+        group = q.shape[2] // k.shape[2]
+        backend = attention_backend(self._backend(q.dtype), head_dim=q.shape[3], group=group)
+        return attention(q, k, v, positions, backend=backend)
 
     def add(self, x: jax.Array, y: jax.Array) -> jax.Array:
         return round_to(x.astype(jnp.float32) + y.astype(jnp.float32), x.dtype)
