@@ -4,6 +4,7 @@ Nothing here calls the product: a reference and its restatement can only agree b
 docstrings of the ops promise. XLA on the CPU flushes subnormals; `flush` says where that can be seen.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -158,7 +159,7 @@ def attention(
         seen = slice(0, positions[b, t] + 1)
         keys, values = k[b, seen, head // group], v[b, seen, head // group]
         splits = _splits(q[b, t, head], keys, values, block, block * blocks_per_split, F32(scale))
-        _, total, weighted = _join(splits)
+        _, total, weighted = functools.reduce(_merge, splits)
         out[b, t, head] = round_to(weighted / total, q.dtype)
     return out
 
@@ -185,20 +186,12 @@ def _online_step(state: Partial, scores: np.ndarray, v: np.ndarray) -> Partial:
     """Rescales what there is, then adds key by key."""
     maximum = max(state[0], scores.max())
     shrink = F32(0) if state[0] == -np.inf else exp(state[0] - maximum)
-    weights = exp(scores - maximum).astype(v.dtype).astype(F32)
+    weights = exp(scores - maximum)
     total, values = state[1] * shrink, state[2] * shrink
     for weight, value in zip(weights, v.astype(F32), strict=True):
         total = total + weight
-        values = values + weight * value
+        values = values + weight.astype(v.dtype).astype(F32) * value
     return maximum, total, values
-
-
-def _join(partials: list[Partial]) -> Partial:
-    """Splits 2i and 2i + 1 first; one without a neighbour goes up as it is."""
-    if len(partials) == 1:
-        return partials[0]
-    pairs = [partials[i : i + 2] for i in range(0, len(partials), 2)]
-    return _join([pair[0] if len(pair) == 1 else _merge(*pair) for pair in pairs])
 
 
 def _merge(left: Partial, right: Partial) -> Partial:

@@ -33,11 +33,11 @@ def attention_reference(
     For each query, with the keys at positions 0 .. position:
       1. a score is the fp32 sum of `q[h] * k[h]` in ascending h from +0.0, times fp32(scale), rounded;
       2. a split starts from maximum -inf, total 0, values 0 and takes its blocks in ascending order: the maximum
-         becomes the larger of itself and the block's scores; weights are `exp(score - maximum)` rounded to v's dtype,
-         0 for keys after the query; total and values are multiplied by `exp(old maximum - maximum)` and then add the
-         weights, and `weight * v`, key by key in ascending position;
-      3. splits meet in a balanced binary tree over split indices, neighbours first, each side times
-         `exp(its maximum - joint maximum)`; a side without keys for the query leaves the other untouched;
+         becomes the larger of itself and the block's scores; weights are `exp(score - maximum)`, 0 for keys after the
+         query; total and values are multiplied by `exp(old maximum - maximum)` and then add the weights, and
+         `weight * v` with the weight rounded to v's dtype, key by key in ascending position;
+      3. splits are joined in ascending order, ((s0, s1), s2), ...: each side times `exp(its maximum - joint maximum)`;
+         a split without keys for the query leaves those before it untouched;
       4. values / total, rounded to q's dtype once.
     Blocks beyond the query's position do nothing, so neither the length of the cache nor other queries enter the bits.
     """
@@ -52,7 +52,9 @@ def attention_reference(
     for first in range(0, s // plan.block, plan.blocks_per_split):
         last = jnp.clip(needed, first, min(first + plan.blocks_per_split, s // plan.block))
         partials.append(_split(rows.astype(jnp.float32), keys, values, at, first, last, plan, scale))
-    joint = _join(partials, at, plan)
+    joint = partials[0]
+    for i, partial in enumerate(partials[1:], start=1):
+        joint = _merge(joint, partial, i * plan.split <= at)
     out = round_to(div(joint.values, joint.total[..., None]), q.dtype)
     return out.reshape(b, kv_heads, group, t, h).transpose(0, 3, 1, 2, 4).reshape(b, t, heads, h)
 
@@ -105,18 +107,19 @@ def _online_step(old: _Partial, scores: jax.Array, v: jax.Array, visible: jax.Ar
     """Takes a block of keys into a partial softmax; v [n, block, h]."""
     maximum = jnp.maximum(old.maximum, jnp.max(jnp.where(visible, scores, _NEG_INF), axis=-1))
     weights = jnp.where(visible, exp(scores - maximum[..., None]), 0)
-    weights = round_to(weights, v.dtype).astype(jnp.float32)
+    rounded = round_to(weights, v.dtype).astype(jnp.float32)
     shrink = jnp.where(old.maximum == _NEG_INF, 0, exp(old.maximum - maximum))
 
     def step(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         total, values = carry
         ps = lax.dynamic_slice_in_dim(weights, i * _STEP, _STEP, axis=2)
+        rs = lax.dynamic_slice_in_dim(rounded, i * _STEP, _STEP, axis=2)
         seen = lax.dynamic_slice_in_dim(visible, i * _STEP, _STEP, axis=2)
         vs = lax.dynamic_slice_in_dim(v, i * _STEP, _STEP, axis=1).astype(jnp.float32)
         for j in range(_STEP):
             total = total + ps[:, :, j]
             # a select, not a weight of zero: 0 times infinity in the value of a later token would be NaN
-            longer = values + _product(ps[:, :, j, None], vs[:, None, j], v.dtype)
+            longer = values + _product(rs[:, :, j, None], vs[:, None, j], v.dtype)
             values = jnp.where(seen[:, :, j, None], longer, values)
         return total, values
 
@@ -125,22 +128,8 @@ def _online_step(old: _Partial, scores: jax.Array, v: jax.Array, visible: jax.Ar
     return _Partial(maximum, total, values)
 
 
-def _join(partials: list[_Partial], positions: jax.Array, plan: AttentionPlan) -> _Partial:
-    """Joins splits in a balanced binary tree; missing splits on the right are empty and change nothing."""
-    width = plan.split
-    while len(partials) > 1:
-        pairs = []
-        for i in range(0, len(partials), 2):
-            if i + 1 == len(partials):
-                pairs.append(partials[i])
-                continue
-            reached = (i + 1) * width <= positions
-            pairs.append(_merge(partials[i], partials[i + 1], reached))
-        partials, width = pairs, width * 2
-    return partials[0]
-
-
 def _merge(left: _Partial, right: _Partial, reached: jax.Array) -> _Partial:
+    """Joins a split, on the right, to those before it where the query reaches it."""
     maximum = jnp.maximum(left.maximum, right.maximum)
     a, b = exp(left.maximum - maximum), exp(right.maximum - maximum)
     total = mul(left.total, a) + mul(right.total, b)

@@ -8,6 +8,7 @@ from jax import lax
 
 from ..collectives import tree_psum
 from ..pallas_kernels import attention, leaf_statistics, rms_norm, rope, swiglu, tree_matmul
+from ..pallas_kernels.attention.api import attention_backend
 from ..pallas_kernels.common.backend import float32_backend
 from ..pallas_kernels.common.rounding import log, round_to
 from ..pallas_kernels.log_softmax.plan import kernel_refusal as leaf_refusal
@@ -22,8 +23,8 @@ class InvariantNumerics:
     """See `Numerics`.
 
     Attributes:
-        backend: of `tree_matmul` for bfloat16 and float16 operands; float32 takes the reference. With "mosaic_gpu" the
-            logits take kernels too, if the vocabulary is one that these cover; the reference has the same bits.
+        backend: of the matmuls: "reference", "mosaic_gpu" or "triton"; float32 takes the reference. With "mosaic_gpu" the
+            other ops take their kernels too, where these cover the sizes.
     """
 
     backend: str = "reference"
@@ -58,7 +59,9 @@ class InvariantNumerics:
         return swiglu(gate, up)
 
     def attention(self, q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> jax.Array:
-        return attention(q, k, v, positions)
+        group = q.shape[2] // k.shape[2]
+        backend = attention_backend(self._backend(q.dtype), head_dim=q.shape[3], group=group)
+        return attention(q, k, v, positions, backend=backend)
 
     def add(self, x: jax.Array, y: jax.Array) -> jax.Array:
         return round_to(x.astype(jnp.float32) + y.astype(jnp.float32), x.dtype)

@@ -1,7 +1,7 @@
 """attention: accurate, in the stated order, and the same bits for a query in prefill, chunks and decode.
 
-A small plan (16 keys a block, 2 blocks a split) makes the split tree visible at lengths that a CPU walks quickly: 288
-keys are 9 splits, and positions 15, 16, 31, 32, 63, 64, ... lie on both sides of its seams.
+A small plan (16 keys a block, 2 blocks a split) makes the joining of splits visible at lengths that a CPU walks
+quickly: 288 keys are 9 splits, and positions 15, 16, 31, 32, 63, 64, ... lie on both sides of its seams.
 """
 
 from functools import partial
@@ -26,7 +26,7 @@ LENGTH = 288  # 9 splits
 SHORT = 80  # 3 splits, the last one half full
 #: Queries a call; few, since each is compiled.
 CHUNKS = (1, 5, 37)
-#: Positions on both sides of blocks, splits and subtrees.
+#: Positions on both sides of blocks and splits.
 SEAMS = np.asarray(
     [0, 1, 14, 15, 16, 17, 31, 32, 33, 47, 48, 63, 64, 65, 127, 128, 191, 192, 255, 256, 257, 287]
 )
@@ -110,13 +110,13 @@ def test_it_has_the_stated_order(name: str, kind) -> None:
     assert_same_bits(at(prefill(q, k, v), seams), stated(at(q, seams), k, v, seams))
 
 
-def test_nine_splits_meet_in_the_stated_tree(long_prompt) -> None:
+def test_nine_splits_are_joined_in_the_stated_order(long_prompt) -> None:
     q, k, v, whole = long_prompt
     seams = np.stack([SEAMS, SEAMS[::-1]])
     assert_same_bits(at(whole, seams), stated(at(q, seams), k, v, seams))
 
 
-def test_nine_splits_meet_in_the_stated_tree_in_float32() -> None:
+def test_nine_splits_are_joined_in_the_stated_order_in_float32() -> None:
     q, k, v = operands(F32, length=LENGTH)
     seams = np.stack([SEAMS, SEAMS[::-1]])
     out = attend(at(q, seams), k, v, seams.astype(np.int32))
@@ -270,8 +270,8 @@ def test_twin_ordinary_attention_changes_a_query_between_prefill_and_decode() ->
 
 
 def test_the_plan_is_data() -> None:
-    assert AttentionPlan() == AttentionPlan(block=64, blocks_per_split=16) and hash(PLAN)
-    assert PLAN.split == 32 and AttentionPlan().split == 1024
+    assert AttentionPlan() == AttentionPlan(block=128, blocks_per_split=4) and hash(PLAN)
+    assert PLAN.split == 32 and AttentionPlan().split == 512
 
 
 @pytest.mark.parametrize(("block", "blocks"), [(0, 1), (8, 1), (24, 1), (-16, 1), (16, 0)])

@@ -1,0 +1,86 @@
+"""Attention on a Hopper GPU: prefill, chunks, decode and every variant of the kernel give a query the same bits."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tbik_jax.pallas_kernels import attention
+from tbik_jax.pallas_kernels.attention.config import AttentionConfig
+from tbik_jax.pallas_kernels.attention.mosaic_gpu import attention_mosaic_gpu
+from tbik_jax.pallas_kernels.attention.plan import AttentionPlan
+from tbik_jax.pallas_kernels.common.backend import device_backend
+from tests.helpers import assert_same_bits, cancelling, differing, normal, wide
+
+LENGTH = 1200  # three splits
+#: On both sides of tiles, blocks and splits.
+SEAMS = (0, 1, 63, 64, 127, 128, 511, 512, 1023, 1024, 1199)
+
+
+@pytest.fixture(scope="module")
+def hopper():
+    try:
+        device = jax.devices("gpu")[0]
+    except RuntimeError:
+        pytest.skip("no GPU here")
+    if device_backend(device) != "mosaic_gpu":
+        pytest.skip("no Hopper GPU here")
+
+
+def operands(make, dtype, kv_heads, group, h):
+    rng = np.random.default_rng(5)
+    q = normal(rng, (1, LENGTH, kv_heads * group, h), dtype)
+    k = normal(rng, (1, LENGTH, kv_heads, h), dtype)
+    return tuple(map(jnp.asarray, (q, k, make(rng, (1, LENGTH, kv_heads, h), dtype))))
+
+
+def at(positions, count=1):
+    return jnp.asarray(positions, jnp.int32)[:, None] + jnp.arange(count, dtype=jnp.int32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("make", [normal, wide, cancelling])
+@pytest.mark.parametrize(
+    ("dtype", "kv_heads", "group", "h"),
+    [(jnp.bfloat16, 2, 4, 128), (jnp.float16, 1, 3, 128), (jnp.bfloat16, 1, 7, 64), (jnp.bfloat16, 3, 1, 64)],
+)
+def test_prefill_chunks_and_decode_have_the_same_bits(hopper, make, dtype, kv_heads, group, h):
+    if dtype == jnp.float16 and make is wide:
+        pytest.skip("2**24 of spread is more than float16 has")
+    q, k, v = operands(make, dtype, kv_heads, group, h)
+    whole = attention(q, k, v, at([0], LENGTH), backend="mosaic_gpu")
+    rows = len(SEAMS)
+    caches = [jnp.tile(a, (rows, 1, 1, 1)) for a in (k, v)]
+    queries = jnp.concatenate([q[:, p : p + 1] for p in SEAMS])
+    decoded = attention(queries, *caches, at(SEAMS), backend="mosaic_gpu")
+    assert_same_bits(decoded[:, 0], jnp.stack([whole[0, p] for p in SEAMS]))
+    for start, count in ((0, 3), (130, 100), (1000, 200)):
+        chunk = attention(q[:, start : start + count], k, v, at([start], count), backend="mosaic_gpu")
+        assert_same_bits(chunk, whole[:, start : start + count])
+
+
+@pytest.mark.gpu
+def test_every_variant_has_the_same_bits(hopper):
+    q, k, v = operands(wide, jnp.bfloat16, 2, 4, 128)
+    start = jnp.asarray([LENGTH - 2], jnp.int32)
+    outs = [
+        attention_mosaic_gpu(q[:, -2:], k, v, start, plan=AttentionPlan(), scale=0.1, config=config)
+        for config in (
+            AttentionConfig(variant="tiles"),
+            *(AttentionConfig(variant="split", cluster=c) for c in (1, 2, 4, 8)),
+        )
+    ]
+    for out in outs[1:]:
+        assert_same_bits(out, outs[0])
+    # twin: another plan is another order
+    plan = AttentionPlan(blocks_per_split=2)
+    assert differing(attention_mosaic_gpu(q[:, -2:], k, v, start, plan=plan, scale=0.1), outs[0])
+
+
+@pytest.mark.gpu
+def test_a_longer_cache_and_other_rows_change_nothing(hopper):
+    q, k, v = operands(cancelling, jnp.bfloat16, 2, 4, 128)
+    whole = attention(q, k, v, at([0], LENGTH), backend="mosaic_gpu")
+    longer = [jnp.pad(a, ((0, 1), (0, 848), (0, 0), (0, 0)), constant_values=1000.0) for a in (k, v)]
+    both = attention(jnp.tile(q, (2, 1, 1, 1)), *longer, at([0, 0], LENGTH), backend="mosaic_gpu")
+    assert_same_bits(both[:1], whole)

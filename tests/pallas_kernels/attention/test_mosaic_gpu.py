@@ -1,0 +1,213 @@
+"""The Hopper kernel on the CPU: its order and synchronisation in interpret mode, its choices, and what it refuses.
+
+Bits of a GPU need a GPU: `benchmarks/check_attention.py` compares those.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tbik_jax.pallas_kernels.attention.api import attention, attention_backend
+from tbik_jax.pallas_kernels.attention.config import AttentionConfig, AttentionShape, choose_config
+from tbik_jax.pallas_kernels.attention.mosaic_gpu import attention_mosaic_gpu
+from tbik_jax.pallas_kernels.attention.plan import AttentionPlan
+from tbik_jax.pallas_kernels.attention.reference import attention_reference
+from tests.helpers import assert_as_accurate, differing
+
+BF16, F16 = jnp.bfloat16, jnp.float16
+#: A block a split, so that few keys are many splits.
+PLAN = AttentionPlan(block=128, blocks_per_split=1)
+TILES = AttentionConfig(variant="tiles")
+
+
+@pytest.fixture(autouse=True)
+def on_cpu():
+    with jax.default_device(jax.devices("cpu")[0]):
+        yield
+
+
+def operands(b, t, s, kv_heads, group, h, dtype=BF16):
+    rng = np.random.default_rng([b, t, s, kv_heads, group, h])
+    shapes = (b, t, kv_heads * group, h), (b, s, kv_heads, h), (b, s, kv_heads, h)
+    return tuple(jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes)
+
+
+def interpreted(q, k, v, starts, config, plan=PLAN):
+    scale = q.shape[3] ** -0.5
+    starts = jnp.asarray(starts, jnp.int32)
+    return attention_mosaic_gpu(q, k, v, starts, plan=plan, scale=scale, config=config, interpret=True)
+
+
+def exact(q, k, v, starts):
+    """Softmax attention in float64."""
+    group = q.shape[2] // k.shape[2]
+    q, k, v = (np.asarray(a.astype(jnp.float32), np.float64) for a in (q, k, v))
+    k, v = np.repeat(k, group, axis=2), np.repeat(v, group, axis=2)
+    scores = np.einsum("btnh,bsnh->bnts", q, k) * q.shape[-1] ** -0.5
+    seen = np.arange(k.shape[1]) <= (np.asarray(starts)[:, None] + np.arange(q.shape[1]))[..., None]
+    weights = np.exp(np.where(seen[:, None], scores, -np.inf) - scores.max(-1, keepdims=True))
+    return np.einsum("bnts,bsnh->btnh", weights / weights.sum(-1, keepdims=True), v)
+
+
+def assert_close(out, q, k, v, starts):
+    positions = jnp.asarray(starts, jnp.int32)[:, None] + jnp.arange(q.shape[1], dtype=jnp.int32)
+    k_whole, v_whole = (jnp.pad(a, ((0, 0), (0, -a.shape[1] % 128), (0, 0), (0, 0))) for a in (k, v))
+    scale = q.shape[3] ** -0.5
+    plain = jax.jit(functools.partial(attention_reference, plan=PLAN, scale=scale))(
+        q, k_whole, v_whole, positions
+    )
+    assert_as_accurate(out, plain, exact(q, k, v, starts), factor=2)
+
+
+@pytest.mark.parametrize(
+    ("shape", "starts", "config", "dtype"),
+    [
+        ((1, 130, 256, 1, 1, 64), [10], TILES, BF16),  # the last pair has one tile
+        (
+            (2, 70, 320, 1, 3, 64),
+            [0, 200],
+            dataclasses.replace(TILES, kv_group=2),
+            F16,
+        ),  # unequal rows, ragged cache
+        ((3, 1, 200, 1, 2, 128), [0, 127, 199], AttentionConfig(variant="split"), BF16),
+        (
+            (1, 3, 392, 1, 3, 64),
+            [380],
+            AttentionConfig(variant="split", cluster=2),
+            BF16,
+        ),  # an odd number of rows
+        (
+            (1, 1, 520, 1, 5, 128),
+            [130],
+            AttentionConfig(variant="split", cluster=4),
+            F16,
+        ),  # CTAs without a split
+    ],
+)
+def test_it_is_attention(shape, starts, config, dtype):
+    q, k, v = operands(*shape, dtype)
+    assert_close(interpreted(q, k, v, starts, config), q, k, v, starts)
+
+
+def test_splits_of_several_blocks():
+    q, k, v = operands(1, 1, 648, 1, 2, 64)
+    plan = AttentionPlan(block=128, blocks_per_split=2)
+    out = interpreted(q, k, v, [640], AttentionConfig(variant="split", cluster=2), plan)
+    assert_close(out, q, k, v, [640])
+
+
+def test_keys_after_a_query_do_not_enter_and_those_before_do():
+    q, k, v = operands(1, 1, 256, 1, 2, 64)
+    config = AttentionConfig(variant="split")
+    whole = interpreted(q, k, v, [130], config)
+    after = interpreted(q, k.at[:, 131:].set(jnp.nan), v.at[:, 131:].set(300), [130], config)
+    assert not differing(after, whole)
+    assert differing(interpreted(q, k, v.at[:, 130].set(300), [130], config), whole)  # the twin
+
+
+# --- choices -----------------------------------------------------------------------------------------------
+
+
+def choice(b, t, s, kv_heads=8, group=4):
+    return choose_config(AttentionShape(b=b, t=t, s=s, kv_heads=kv_heads, group=group, h=128), -(-s // 512))
+
+
+def test_few_queries_share_out_the_splits_and_many_do_not():
+    assert choice(1, 1, 4096) == AttentionConfig(variant="split", cluster=8)
+    assert choice(1, 1, 1024).cluster == 2  # no more CTAs than splits
+    assert choice(8, 1, 4096).cluster == 2
+    assert choice(32, 1, 4096).cluster == 1
+    assert choice(1, 16, 4096).variant == "split"
+    assert choice(1, 17, 4096).variant == "tiles"
+
+
+def test_what_runs_side_by_side_fits_the_cache():
+    assert choice(1, 2048, 2048).kv_group == 8
+    assert choice(1, 16384, 16384).kv_group == 2
+    assert choice(1, 262144, 262144).kv_group == 1
+
+
+@pytest.mark.parametrize(
+    ("backend", "head_dim", "group", "expected"),
+    [
+        ("mosaic_gpu", 128, 4, "mosaic_gpu"),
+        ("mosaic_gpu", 64, 64, "mosaic_gpu"),
+        ("mosaic_gpu", 96, 4, "reference"),
+        ("mosaic_gpu", 64, 65, "reference"),
+        ("triton", 128, 4, "reference"),
+        ("reference", 128, 4, "reference"),
+    ],
+)
+def test_a_models_backend_follows_its_heads(backend, head_dim, group, expected):
+    assert attention_backend(backend, head_dim=head_dim, group=group) == expected
+
+
+# --- errors ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype": jnp.float32}, "use backend='reference' for float32"),
+        ({"h": 96}, "head_dim=96 must be 64 or 128"),
+        ({"s": 64}, "S=64 at least 128; pad the cache"),
+        ({"group": 65}, "65 query heads a KV head are more than 64"),
+        ({"plan": AttentionPlan(block=64)}, "blocks of 128 keys, not 64"),
+        ({"scale": -1.0}, "scale=-1.0 must be positive"),
+        ({"t": 33, "config": AttentionConfig(variant="split")}, "up to 64 rows, not T=33 times N/K=2"),
+    ],
+)
+def test_it_refuses_what_it_does_not_cover(change, message):
+    case = {
+        "t": 1,
+        "s": 128,
+        "group": 2,
+        "h": 64,
+        "dtype": BF16,
+        "plan": PLAN,
+        "scale": 1.0,
+        "config": None,
+    } | change
+    q, k, v = operands(1, case["t"], case["s"], 1, case["group"], case["h"], case["dtype"])
+    with pytest.raises(ValueError, match=message):
+        attention_mosaic_gpu(
+            q,
+            k,
+            v,
+            jnp.zeros(1, jnp.int32),
+            plan=case["plan"],
+            scale=case["scale"],
+            config=case["config"],
+            interpret=True,
+        )
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"variant": "other"}, "variant='other'"),
+        ({"variant": "split", "cluster": 3}, "cluster=3"),
+        ({"variant": "tiles", "cluster": 2}, "cluster=2 must be 1"),
+        ({"variant": "tiles", "stages": 1}, "stages=1 must be at least 2"),
+        ({"variant": "tiles", "kv_group": 0}, "kv_group=0 at least 1"),
+    ],
+)
+def test_a_variant_that_cannot_run_is_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        AttentionConfig(**fields)
+
+
+def test_it_needs_a_hopper_gpu():
+    q, k, v = operands(1, 1, 128, 1, 2, 64)
+    with pytest.raises(ValueError, match="mosaic_gpu needs a Hopper GPU"):
+        attention(q, k, v, jnp.zeros((1, 1), jnp.int32), backend="mosaic_gpu")
+
+
+def test_there_is_no_triton_kernel():
+    q, k, v = operands(1, 1, 128, 1, 2, 64)
+    with pytest.raises(ValueError, match="no backend 'triton'"):
+        attention(q, k, v, jnp.zeros((1, 1), jnp.int32), backend="triton")
