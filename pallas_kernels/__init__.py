@@ -1,32 +1,38 @@
 """Kernels with one reduction order each: one folder an op (`api`, `reference`, backends), no mesh, no model.
 
 Every op has a `reference` in plain JAX that states the order of its adds. `tree_matmul` also has the backends
-`mosaic_gpu` (Hopper) and `triton` (Ampere, Ada; Hopper when named). The public call is the function re-exported here;
-it chooses the backend by device, or takes `backend=`.
+`mosaic_gpu` (Hopper) and `triton` (Ampere, Ada; Hopper when named), and the row-wise ops have `mosaic_gpu`. The public
+call is the function re-exported here; it chooses the backend by device, or takes `backend=`.
 """
 
 from .attention.api import AttentionPlan, attention
 from .common.tree import tree_join, tree_sum
 from .embedding.api import embedding
 from .log_softmax.api import exp_sum, log_softmax
-from .rms_norm.api import rms_norm
+from .qk_norm_rope.api import qk_norm_rope
+from .residual_add.api import residual_add
+from .rms_norm.api import add_rms_norm, rms_norm
 from .rope.api import rope, rope_tables
-from .swiglu.api import swiglu
+from .swiglu.api import swiglu, swiglu_joint
 from .tree_matmul.api import tree_matmul
 from .tree_matmul.plan import ContractionPlan, plan_contraction
 
 __all__ = [
     "AttentionPlan",
     "ContractionPlan",
+    "add_rms_norm",
     "attention",
     "embedding",
     "exp_sum",
     "log_softmax",
     "plan_contraction",
+    "qk_norm_rope",
+    "residual_add",
     "rms_norm",
     "rope",
     "rope_tables",
     "swiglu",
+    "swiglu_joint",
     "tree_join",
     "tree_matmul",
     "tree_sum",

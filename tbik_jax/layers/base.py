@@ -35,12 +35,31 @@ class Numerics(Protocol):
         """RMSNorm over the last axis."""
         ...
 
-    def rope(self, x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-        """Rotary embedding of x [..., heads, H]."""
+    def add_rms_norm(
+        self, x: jax.Array, y: jax.Array, scale: jax.Array, *, eps: float
+    ) -> tuple[jax.Array, jax.Array]:
+        """The residual sum x + y, and RMSNorm of it."""
         ...
 
-    def swiglu(self, gate: jax.Array, up: jax.Array) -> jax.Array:
-        """silu(gate) * up."""
+    def qk_norm_rope_cache(
+        self,
+        qkv: jax.Array,
+        q_scale: jax.Array,
+        k_scale: jax.Array,
+        cos: jax.Array,
+        sin: jax.Array,
+        positions: jax.Array,
+        lengths: jax.Array,
+        k_cache: jax.Array,
+        v_cache: jax.Array,
+        *,
+        eps: float,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries [B, T, N, H] and the caches [B, S, K, H], from qkv [B, T, K, N/K + 2, H]: see `qk_norm_rope`."""
+        ...
+
+    def swiglu(self, gate_up: jax.Array) -> jax.Array:
+        """silu(gate) * up of gate_up [..., 2F], the gates first: [..., F]."""
         ...
 
     def attention(self, q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> jax.Array:
@@ -48,7 +67,7 @@ class Numerics(Protocol):
         ...
 
     def add(self, x: jax.Array, y: jax.Array) -> jax.Array:
-        """The residual add."""
+        """The residual add, where no norm follows at once."""
         ...
 
     def log_normaliser(self, logits: jax.Array) -> tuple[jax.Array, jax.Array]:

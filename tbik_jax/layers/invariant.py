@@ -7,7 +7,16 @@ import jax.numpy as jnp
 from jax import lax
 
 from ..collectives import tree_psum
-from ..pallas_kernels import attention, exp_sum, rms_norm, rope, swiglu, tree_matmul
+from ..pallas_kernels import (
+    add_rms_norm,
+    attention,
+    exp_sum,
+    qk_norm_rope,
+    residual_add,
+    rms_norm,
+    swiglu_joint,
+    tree_matmul,
+)
 from ..pallas_kernels.common.rounding import log, round_to
 from ..pallas_kernels.tree_matmul.plan import LEAVES, plan_contraction
 from .base import TP
@@ -18,7 +27,8 @@ class InvariantNumerics:
     """See `Numerics`.
 
     Attributes:
-        backend: of `tree_matmul` for bfloat16 and float16 operands; float32 takes the reference.
+        backend: of `tree_matmul`, and of the row-wise ops where they have it, for bfloat16 and float16 operands;
+            float32 takes the reference.
     """
 
     backend: str = "reference"
@@ -44,19 +54,38 @@ class InvariantNumerics:
         return round_to(tree_psum(partial, TP), x.dtype)
 
     def rms_norm(self, x: jax.Array, scale: jax.Array, *, eps: float) -> jax.Array:
-        return rms_norm(x, scale, eps=eps)
+        return rms_norm(x, scale, eps=eps, backend=self._row_backend(x.dtype))
 
-    def rope(self, x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-        return rope(x, cos, sin)
+    def add_rms_norm(
+        self, x: jax.Array, y: jax.Array, scale: jax.Array, *, eps: float
+    ) -> tuple[jax.Array, jax.Array]:
+        return add_rms_norm(x, y, scale, eps=eps, backend=self._row_backend(x.dtype))
 
-    def swiglu(self, gate: jax.Array, up: jax.Array) -> jax.Array:
-        return swiglu(gate, up)
+    def qk_norm_rope_cache(
+        self,
+        qkv: jax.Array,
+        q_scale: jax.Array,
+        k_scale: jax.Array,
+        cos: jax.Array,
+        sin: jax.Array,
+        positions: jax.Array,
+        lengths: jax.Array,
+        k_cache: jax.Array,
+        v_cache: jax.Array,
+        *,
+        eps: float,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        operands = (qkv, q_scale, k_scale, cos, sin, positions, lengths, k_cache, v_cache)
+        return qk_norm_rope(*operands, eps=eps, backend=self._row_backend(qkv.dtype))
+
+    def swiglu(self, gate_up: jax.Array) -> jax.Array:
+        return swiglu_joint(gate_up, backend=self._row_backend(gate_up.dtype))
 
     def attention(self, q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> jax.Array:
         return attention(q, k, v, positions)
 
     def add(self, x: jax.Array, y: jax.Array) -> jax.Array:
-        return round_to(x.astype(jnp.float32) + y.astype(jnp.float32), x.dtype)
+        return residual_add(x, y, backend=self._row_backend(x.dtype))
 
     def log_normaliser(self, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
         ranks = lax.axis_size(TP)
@@ -66,3 +95,7 @@ class InvariantNumerics:
 
     def _backend(self, dtype: jax.typing.DTypeLike) -> str:
         return "reference" if jnp.dtype(dtype) == jnp.float32 else self.backend
+
+    def _row_backend(self, dtype: jax.typing.DTypeLike) -> str:
+        backend = self._backend(dtype)
+        return "reference" if backend == "triton" else backend
