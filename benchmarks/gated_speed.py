@@ -28,7 +28,7 @@ from benchmarks.environment import environment
 from benchmarks.matmul_bits import count_differences, make_inputs
 from benchmarks.matmul_shapes import Layer, layers
 from benchmarks.matmul_speed import DRY_LAYERS, compile_for, compile_inputs, dump, operand_shapes
-from tbik_jax.pallas_kernels import gated_matmul, swiglu, tree_matmul
+from tbik_jax.pallas_kernels import gated_matmul, swiglu_joint, tree_matmul
 
 BF16 = jnp.bfloat16
 
@@ -72,9 +72,7 @@ def _measure(layer: Layer, m: int, dry: bool) -> dict[str, Any]:
         return jax.nn.silu(gate) * up
 
     def two(x: jax.Array, w: jax.Array) -> jax.Array:
-        product = tree_matmul(x, w, 1, transpose_rhs=True, backend=backend)
-        gate, up = jnp.split(product, 2, axis=1)
-        return swiglu(gate, up)
+        return swiglu_joint(tree_matmul(x, w, 1, transpose_rhs=True, backend=backend), backend=backend)
 
     shapes = operand_shapes(layer, m)
     gated = functools.partial(gated_matmul, backend=backend)

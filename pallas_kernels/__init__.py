@@ -10,16 +10,19 @@ from .common.tree import tree_join, tree_sum
 from .embedding.api import embedding
 from .gated_matmul.api import gated_matmul
 from .log_softmax.api import exp_sum, leaf_statistics, log_softmax
-from .rms_norm.api import rms_norm
+from .qk_norm_rope.api import qk_norm_rope
+from .residual_add.api import residual_add
+from .rms_norm.api import add_rms_norm, rms_norm
 from .rope.api import rope, rope_tables
 from .sampling.api import sample_argmax
-from .swiglu.api import swiglu
+from .swiglu.api import swiglu, swiglu_joint
 from .tree_matmul.api import tree_matmul
 from .tree_matmul.plan import ContractionPlan, plan_contraction
 
 __all__ = [
     "AttentionPlan",
     "ContractionPlan",
+    "add_rms_norm",
     "attention",
     "embedding",
     "exp_sum",
@@ -27,11 +30,14 @@ __all__ = [
     "leaf_statistics",
     "log_softmax",
     "plan_contraction",
+    "qk_norm_rope",
+    "residual_add",
     "rms_norm",
     "rope",
     "rope_tables",
     "sample_argmax",
     "swiglu",
+    "swiglu_joint",
     "tree_join",
     "tree_matmul",
     "tree_sum",

@@ -16,6 +16,20 @@ from tbik_jax.layers import base, invariant
 from tbik_jax.steps import Engine
 
 
+#: What the invariant numerics call.
+KERNELS = (
+    "add_rms_norm",
+    "attention",
+    "embedding",
+    "gated_matmul",
+    "leaf_statistics",
+    "qk_norm_rope",
+    "residual_add",
+    "rms_norm",
+    "tree_matmul",
+)
+
+
 def one_after_another(op: Callable[..., Any]) -> Callable[..., Any]:
     """`op` as a loop over the ranks: arrays by position or by name, everything else as it is."""
 
@@ -38,16 +52,7 @@ def one_after_another(op: Callable[..., Any]) -> Callable[..., Any]:
 def patch_kernels(monkeypatch: Any) -> None:
     """Makes every op that the invariant numerics call a loop over the ranks."""
     for module in (invariant, base):
-        for name in (
-            "attention",
-            "embedding",
-            "exp_sum",
-            "gated_matmul",
-            "rms_norm",
-            "rope",
-            "swiglu",
-            "tree_matmul",
-        ):
+        for name in KERNELS:
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, one_after_another(getattr(module, name)))
 

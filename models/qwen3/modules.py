@@ -63,8 +63,13 @@ class RmsNorm(nnx.Module):
         self.eps = eps
         self.scale_d = nnx.Param(jnp.ones((size,), dtype))
 
-    def __call__(self, x: jax.Array, parallel: Parallel) -> jax.Array:
-        return parallel.numerics.rms_norm(x, self.scale_d[...], eps=self.eps)
+    def __call__(
+        self, x: jax.Array, pending: jax.Array | None, parallel: Parallel
+    ) -> tuple[jax.Array, jax.Array]:
+        """The residual stream x, with what is still to be added to it, and that normalised."""
+        if pending is None:
+            return x, parallel.numerics.rms_norm(x, self.scale_d[...], eps=self.eps)
+        return parallel.numerics.add_rms_norm(x, pending, self.scale_d[...], eps=self.eps)
 
 
 class Attention(nnx.Module):
@@ -89,25 +94,22 @@ class Attention(nnx.Module):
         kv_heads, g, h, d = weight.shape
         qkv = ops.column_parallel(x, weight.reshape(kv_heads * g * h, d))
         qkv = qkv.reshape(*x.shape[:2], kv_heads, g, h)
-        q, k, v = qkv[..., :-2, :], qkv[..., -2, :], qkv[..., -1, :]
-        q = q.reshape(*x.shape[:2], kv_heads * (g - 2), h)
-        cos, sin = batch.cos[batch.positions], batch.sin[batch.positions]
-        q = ops.rope(self.q_norm(q, parallel), cos, sin)
-        k = ops.rope(self.k_norm(k, parallel), cos, sin)
-        cache = LayerCache(_write(cache.k, k, batch), _write(cache.v, v, batch))
+        q, k, v = ops.qk_norm_rope_cache(
+            qkv,
+            self.q_norm.scale_d[...],
+            self.k_norm.scale_d[...],
+            batch.cos,
+            batch.sin,
+            batch.positions,
+            batch.lengths,
+            cache.k,
+            cache.v,
+            eps=self.q_norm.eps,
+        )
+        cache = LayerCache(k, v)
         out = ops.attention(q, cache.k, cache.v, batch.positions)
         weight = parallel.weight("o_weight_kqhd", self.o_weight_kqhd[...])
         return ops.row_parallel(out.reshape(*x.shape[:2], -1), weight.reshape(-1, d)), cache
-
-
-def _write(cache: jax.Array, new: jax.Array, batch: Batch) -> jax.Array:
-    """`cache` [B, S, K, H] with `new` [B, T, K, H] at the batch's positions; zeros for padding."""
-    live = batch.positions < batch.lengths[:, None]
-    new = jnp.where(live[..., None, None], new, jnp.zeros((), new.dtype))
-    starts = batch.positions[:, 0]
-    return jax.vmap(lambda row, part, start: lax.dynamic_update_slice(row, part, (start, 0, 0)))(
-        cache, new, starts
-    )
 
 
 class Mlp(nnx.Module):
@@ -122,13 +124,15 @@ class Mlp(nnx.Module):
         ops = parallel.numerics
         weight = parallel.weight("gate_up_weight_cfd", self.gate_up_weight_cfd[...])
         _, f, d = weight.shape
-        gate_up = ops.column_parallel(x, weight.reshape(2 * f, d))
-        hidden = ops.swiglu(gate_up[..., :f], gate_up[..., f:])
+        hidden = ops.gated_column_parallel(x, weight.reshape(2 * f, d))
         return ops.row_parallel(hidden, parallel.weight("down_weight_fd", self.down_weight_fd[...]))
 
 
 class Layer(nnx.Module):
-    """A decoder layer."""
+    """A decoder layer.
+
+    Its last residual add is left to the norm behind it, which reads the sum anyway.
+    """
 
     def __init__(self, config: Qwen3Config, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
         self.input_norm = RmsNorm(config.hidden_size, config.rms_norm_eps, dtype)
@@ -137,12 +141,18 @@ class Layer(nnx.Module):
         self.mlp = Mlp(config, dtype, rngs)
 
     def __call__(
-        self, x: jax.Array, batch: Batch, cache: LayerCache, parallel: Parallel
-    ) -> tuple[jax.Array, LayerCache]:
-        ops = parallel.numerics
-        out, cache = self.attention(self.input_norm(x, parallel), batch, cache, parallel)
-        x = ops.add(x, out)
-        return ops.add(x, self.mlp(self.post_attention_norm(x, parallel), parallel)), cache
+        self,
+        x: jax.Array,
+        pending: jax.Array | None,
+        batch: Batch,
+        cache: LayerCache,
+        parallel: Parallel,
+    ) -> tuple[jax.Array, jax.Array, LayerCache]:
+        """The residual stream [B, T, D] and what is to be added to it, in and out."""
+        x, normalised = self.input_norm(x, pending, parallel)
+        out, cache = self.attention(normalised, batch, cache, parallel)
+        x, normalised = self.post_attention_norm(x, out, parallel)
+        return x, self.mlp(normalised, parallel), cache
 
 
 class Qwen3(nnx.Module):
@@ -197,26 +207,27 @@ class Qwen3(nnx.Module):
             Normalised hidden states [B, T, D], and the cache with the batch's positions.
         """
         x = vocab_embedding(batch.tokens, parallel.weight("embedding_vd", self.embedding_vd[...]))
-        outputs = [x]
+        ops, pending, outputs = parallel.numerics, None, [x]
         if isinstance(cache, tuple):
             layer_caches = []
             for layer, layer_cache in zip(self.layers, cache, strict=True):
-                x, layer_cache = layer(x, batch, layer_cache, parallel)
-                outputs.append(x)
+                x, pending, layer_cache = layer(x, pending, batch, layer_cache, parallel)
+                outputs.extend([] if taps is None else [ops.add(x, pending)])
                 layer_caches.append(layer_cache)
             cache = tuple(layer_caches)
         else:
 
             def step(x: jax.Array, layer_and_cache: Any) -> tuple[jax.Array, Any]:
                 layer = nnx.merge(nnx.graphdef(self.layers[0]), layer_and_cache[0])
-                x, layer_cache = layer(x, batch, layer_and_cache[1], parallel)
+                x, pending, layer_cache = layer(x, None, batch, layer_and_cache[1], parallel)
+                x = ops.add(x, pending)  # all layers are one program, and nothing is pending before the first
                 return x, (layer_cache, None if taps is None else x)
 
             x, (cache, each) = lax.scan(step, x, (stacked, cache))
             outputs.extend([] if taps is None else each)
         if taps is not None:
             taps.extend(outputs)
-        return self.final_norm(x, parallel), cache
+        return self.final_norm(x, pending, parallel)[1], cache
 
     def stacked_layers(self) -> Any:
         """The layers' parameters with a leading layer dimension: for one compiled layer instead of many.

@@ -79,6 +79,23 @@ def float32_backend(backend: str, refusal: str | None) -> str:
     return "mosaic_gpu" if backend == "mosaic_gpu" and refusal is None else "reference"
 
 
+def resolve_row_backend(op: str, backend: str | None, dtype: jax.typing.DTypeLike) -> str:
+    """The backend of a row-wise op, which has no `triton` one: `mosaic_gpu`, or `reference`.
+
+    Args:
+        op: its name, for the message.
+        backend: a name, which means that one or an error; None chooses by device and dtype.
+        dtype: of the operands.
+
+    Raises:
+        ValueError: an unknown name, or a backend that this op or dtype does not have.
+    """
+    resolved = resolve_backend(backend, dtype)
+    if backend == "triton":
+        raise ValueError(f"{op} has no backend 'triton'; use 'mosaic_gpu' on Hopper, or 'reference'")
+    return "mosaic_gpu" if resolved == "mosaic_gpu" else "reference"
+
+
 def require_triton() -> None:
     """Checks that the packages of the `triton` backend are installed, without importing them.
 

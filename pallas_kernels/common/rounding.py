@@ -5,6 +5,8 @@ XLA's CPU backend contracts `a * b + c` into a fused multiply-add inside a fusio
 here are built from single IEEE operations that stay single.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -78,17 +80,22 @@ def round_to(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
     return x.astype(dtype)
 
 
-def exp(x: jax.Array) -> jax.Array:
+def exp(x: jax.Array, *, multiply: Callable[..., jax.Array] = mul) -> jax.Array:
     """e**x of fp32 `x`, within 1 ulp for normal results; the same bits for a value wherever it stands.
 
     Range reduction by ln 2 in two parts and a degree-6 polynomial (Cephes `expf`), every product rounded alone.
+
+    Args:
+        x: float32.
+        multiply: the product rounded alone; kernels have another way to it.
     """
+    mul = multiply
     clipped = jnp.clip(x, np.float32(-104.0), np.float32(89.0))
     n = jnp.round(mul(clipped, LOG2_E))
     r = clipped - mul(n, LN2_HI)
     r = r - mul(n, LN2_LO)
-    p = jnp.full_like(r, EXP_COEFFICIENTS[0])
-    for c in EXP_COEFFICIENTS[1:]:
+    p = mul(r, EXP_COEFFICIENTS[0]) + EXP_COEFFICIENTS[1]
+    for c in EXP_COEFFICIENTS[2:]:
         p = mul(p, r) + c
     y = mul(mul(p, r), r) + r + np.float32(1)
     n = n.astype(jnp.int32)

@@ -6,6 +6,7 @@ import numpy as np
 
 from ..common.rounding import mul, reciprocal_sqrt, round_to
 from ..common.tree import tree_sum
+from ..residual_add.reference import residual_add_reference
 
 
 def rms_norm_reference(x: jax.Array, scale: jax.Array, *, eps: float) -> jax.Array:
@@ -19,3 +20,11 @@ def rms_norm_reference(x: jax.Array, scale: jax.Array, *, eps: float) -> jax.Arr
     mean = mul(tree_sum(mul(wide, wide)), np.float32(1 / d))
     inverse = reciprocal_sqrt(mean + np.float32(eps))
     return round_to(mul(mul(wide, inverse[..., None]), scale.astype(jnp.float32)), x.dtype)
+
+
+def add_rms_norm_reference(
+    x: jax.Array, y: jax.Array, scale: jax.Array, *, eps: float
+) -> tuple[jax.Array, jax.Array]:
+    """`residual_add_reference`, and `rms_norm_reference` of its rounded sum."""
+    total = residual_add_reference(x, y)
+    return total, rms_norm_reference(total, scale, eps=eps)

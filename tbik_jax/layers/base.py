@@ -52,12 +52,31 @@ class Numerics(Protocol):
         """RMSNorm over the last axis."""
         ...
 
-    def rope(self, x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-        """Rotary embedding of x [..., heads, H]."""
+    def add_rms_norm(
+        self, x: jax.Array, y: jax.Array, scale: jax.Array, *, eps: float
+    ) -> tuple[jax.Array, jax.Array]:
+        """The residual sum x + y, and RMSNorm of it."""
         ...
 
-    def swiglu(self, gate: jax.Array, up: jax.Array) -> jax.Array:
-        """silu(gate) * up."""
+    def qk_norm_rope_cache(
+        self,
+        qkv: jax.Array,
+        q_scale: jax.Array,
+        k_scale: jax.Array,
+        cos: jax.Array,
+        sin: jax.Array,
+        positions: jax.Array,
+        lengths: jax.Array,
+        k_cache: jax.Array,
+        v_cache: jax.Array,
+        *,
+        eps: float,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries [B, T, N, H] and the caches [B, S, K, H], from qkv [B, T, K, N/K + 2, H]: see `qk_norm_rope`."""
+        ...
+
+    def gated_column_parallel(self, x: jax.Array, w: jax.Array) -> jax.Array:
+        """SwiGLU of x [..., K] times this rank's gates and then its values, w [2F/tp, K]: [..., F/tp]."""
         ...
 
     def attention(self, q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> jax.Array:
@@ -65,7 +84,7 @@ class Numerics(Protocol):
         ...
 
     def add(self, x: jax.Array, y: jax.Array) -> jax.Array:
-        """The residual add."""
+        """The residual add, where no norm follows at once."""
         ...
 
     def vocab_statistics(self, logits: jax.Array) -> VocabStatistics:

@@ -7,10 +7,19 @@ import jax.numpy as jnp
 from jax import lax
 
 from ..collectives import tree_psum
-from ..pallas_kernels import attention, leaf_statistics, rms_norm, rope, swiglu, tree_matmul
+from ..pallas_kernels import (
+    add_rms_norm,
+    attention,
+    gated_matmul,
+    leaf_statistics,
+    qk_norm_rope,
+    residual_add,
+    rms_norm,
+    tree_matmul,
+)
 from ..pallas_kernels.attention.api import attention_backend
 from ..pallas_kernels.common.backend import float32_backend
-from ..pallas_kernels.common.rounding import log, round_to
+from ..pallas_kernels.common.rounding import log
 from ..pallas_kernels.log_softmax.plan import kernel_refusal as leaf_refusal
 from ..pallas_kernels.log_softmax.reference import join_totals
 from ..pallas_kernels.sampling.mosaic_gpu import kernel_refusal as sampling_refusal
@@ -50,13 +59,34 @@ class InvariantNumerics:
         return tree_psum(partial, TP, out_dtype=x.dtype)
 
     def rms_norm(self, x: jax.Array, scale: jax.Array, *, eps: float) -> jax.Array:
-        return rms_norm(x, scale, eps=eps)
+        return rms_norm(x, scale, eps=eps, backend=self._row_backend(x.dtype))
 
-    def rope(self, x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-        return rope(x, cos, sin)
+    def add_rms_norm(
+        self, x: jax.Array, y: jax.Array, scale: jax.Array, *, eps: float
+    ) -> tuple[jax.Array, jax.Array]:
+        return add_rms_norm(x, y, scale, eps=eps, backend=self._row_backend(x.dtype))
 
-    def swiglu(self, gate: jax.Array, up: jax.Array) -> jax.Array:
-        return swiglu(gate, up)
+    def qk_norm_rope_cache(
+        self,
+        qkv: jax.Array,
+        q_scale: jax.Array,
+        k_scale: jax.Array,
+        cos: jax.Array,
+        sin: jax.Array,
+        positions: jax.Array,
+        lengths: jax.Array,
+        k_cache: jax.Array,
+        v_cache: jax.Array,
+        *,
+        eps: float,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        operands = (qkv, q_scale, k_scale, cos, sin, positions, lengths, k_cache, v_cache)
+        return qk_norm_rope(*operands, eps=eps, backend=self._row_backend(qkv.dtype))
+
+    def gated_column_parallel(self, x: jax.Array, w: jax.Array) -> jax.Array:
+        columns = w.shape[0] * lax.axis_size(TP)
+        plan_contraction(k=x.shape[-1], n=columns, dtype=x.dtype, role="column")  # one leaf, or an error
+        return gated_matmul(x, w, backend=self._backend(x.dtype))
 
     def attention(self, q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> jax.Array:
         group = q.shape[2] // k.shape[2]
@@ -64,7 +94,7 @@ class InvariantNumerics:
         return attention(q, k, v, positions, backend=backend)
 
     def add(self, x: jax.Array, y: jax.Array) -> jax.Array:
-        return round_to(x.astype(jnp.float32) + y.astype(jnp.float32), x.dtype)
+        return residual_add(x, y, backend=self._row_backend(x.dtype))
 
     def vocab_statistics(self, logits: jax.Array) -> VocabStatistics:
         size = logits.shape[-1]
@@ -95,3 +125,7 @@ class InvariantNumerics:
 
     def _backend(self, dtype: jax.typing.DTypeLike) -> str:
         return "reference" if jnp.dtype(dtype) == jnp.float32 else self.backend
+
+    def _row_backend(self, dtype: jax.typing.DTypeLike) -> str:
+        backend = self._backend(dtype)
+        return "reference" if backend == "triton" else backend

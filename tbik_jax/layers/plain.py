@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ..pallas_kernels.qk_norm_rope.reference import write_cache_reference
 from .base import TP, VocabStatistics, draw_over_tp, gather_over_tp
 
 
@@ -40,6 +41,12 @@ class PlainNumerics:
         inverse = lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
         return (wide * inverse * scale.astype(jnp.float32)).astype(x.dtype)
 
+    def add_rms_norm(
+        self, x: jax.Array, y: jax.Array, scale: jax.Array, *, eps: float
+    ) -> tuple[jax.Array, jax.Array]:
+        total = self.add(x, y)
+        return total, self.rms_norm(total, scale, eps=eps)
+
     def rope(self, x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
         first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
         cos, sin = cos[..., None, :], sin[..., None, :]
@@ -47,7 +54,33 @@ class PlainNumerics:
             x.dtype
         )
 
-    def swiglu(self, gate: jax.Array, up: jax.Array) -> jax.Array:
+    def qk_norm_rope_cache(
+        self,
+        qkv: jax.Array,
+        q_scale: jax.Array,
+        k_scale: jax.Array,
+        cos: jax.Array,
+        sin: jax.Array,
+        positions: jax.Array,
+        lengths: jax.Array,
+        k_cache: jax.Array,
+        v_cache: jax.Array,
+        *,
+        eps: float,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        b, t, kv_heads, group, h = qkv.shape
+        q, k, v = qkv[..., :-2, :].reshape(b, t, kv_heads * (group - 2), h), qkv[..., -2, :], qkv[..., -1, :]
+        cos, sin = cos[positions], sin[positions]
+        q = self.rope(self.rms_norm(q, q_scale, eps=eps), cos, sin)
+        k = self.rope(self.rms_norm(k, k_scale, eps=eps), cos, sin)
+        return (
+            q,
+            write_cache_reference(k_cache, k, positions, lengths),
+            write_cache_reference(v_cache, v, positions, lengths),
+        )
+
+    def gated_column_parallel(self, x: jax.Array, w: jax.Array) -> jax.Array:
+        gate, up = jnp.split(self.column_parallel(x, w), 2, axis=-1)
         return jax.nn.silu(gate) * up
 
     def attention(self, q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> jax.Array:

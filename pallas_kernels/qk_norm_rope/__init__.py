@@ -1,0 +1,1 @@
+"""QK-norm, RoPE and the cache write in one op."""
