@@ -15,7 +15,6 @@ from jax.sharding import PartitionSpec
 from tbik_jax.layers import base, invariant
 from tbik_jax.steps import Engine
 
-
 #: What the invariant numerics call.
 KERNELS = (
     "add_rms_norm",

@@ -30,11 +30,10 @@ class PlainNumerics:
         out_dtype: jax.typing.DTypeLike | None = None,
     ) -> jax.Array:
         dims = (((x.ndim - 1,), (1,)), ((), ()))
-        out = lax.dot_general(x, w, dims, preferred_element_type=jnp.float32)
-        return out.astype(x.dtype if out_dtype is None else out_dtype)
+        return lax.dot_general(x, w, dims, preferred_element_type=x.dtype if out_dtype is None else out_dtype)
 
     def row_parallel(self, x: jax.Array, w: jax.Array) -> jax.Array:
-        return lax.psum(jnp.dot(x, w, preferred_element_type=jnp.float32), TP).astype(x.dtype)
+        return lax.psum(jnp.dot(x, w, preferred_element_type=x.dtype), TP)
 
     def rms_norm(self, x: jax.Array, scale: jax.Array, *, eps: float) -> jax.Array:
         wide = x.astype(jnp.float32)
