@@ -5,8 +5,8 @@
 Bits are compared as integers, so that -0.0 and NaN count. The base is always one prefill of the whole sequence.
 
 * bits: chunks of many sizes, decode, batches, longer caches filled with something else, forced variants and clusters,
-  every ratio of heads, head_dim 64 and 128, bfloat16 and float16, lengths up to 32768; and a twin, the ordinary op, that
-  differs.
+  every ratio of heads, head_dim 64 and 128, bfloat16 and float16, lengths up to 32768; and a twin, the ordinary op,
+  that differs.
 * numerics: sampled queries against float64, next to the ordinary op's error on the same input.
 * speed: device time beside `jax.nn.dot_product_attention(implementation="cudnn")`, interleaved.
 
