@@ -843,8 +843,10 @@ def _check_operands(
         )
     if not (scale > 0 and math.isfinite(scale)):
         raise ValueError(f"scale={scale} must be positive; negate q, or use backend='reference'")
-    if t < 1 or b < 1 or s < plan.block:
-        raise ValueError(f"B={b} and T={t} must be at least 1 and S={s} at least {plan.block}; pad the cache")
+    if t < 1 or b < 1 or s < plan.block or s % 8:
+        raise ValueError(
+            f"B={b} and T={t} must be at least 1 and S={s} at least {plan.block} and a multiple of 8; pad the cache"
+        )
     return AttentionShape(b=b, t=t, s=s, kv_heads=kv_heads, group=n // kv_heads, h=h)
 
 
