@@ -143,8 +143,8 @@ class _Problem:
         To have TMA fill tiled memory Pallas tiles the array in global memory as well, and refuses one that does not
         divide into tiles of 8 rows, though TMA clips anywhere. But in a buffer as wide as the swizzle every byte has
         the same place tiled and untiled. So it gets two names, the tiled one for the warpgroups and a plain one for
-        TMA, which then takes any number of rows. The interpreter ignores layouts, and would keep two names in two buffers;
-        there one name serves both.
+        TMA, which then takes any number of rows. The interpreter ignores layouts, and would keep two names in two
+        buffers; there one name serves both.
         """
         whole, transforms = (*shape, self.parts, ROWS, _WIDTH), _tiled(self.dtype.itemsize)
         tiled = plgpu.SMEM(whole, self.dtype, transforms=transforms)
@@ -428,7 +428,7 @@ def _read(problem: _Problem, acc: _Ref, running: int) -> jax.Array:
 
 
 def _stream(
-    problem: _Problem, full: _Ref, empty: _Ref, count: jax.Array, copy: Callable[[jax.Array, jax.Array], None]
+    problem: _Problem, empty: _Ref, count: jax.Array, copy: Callable[[jax.Array, jax.Array], None]
 ) -> None:
     """One warp: calls copy(index, slot) for `count` blocks, each when the consumers have freed its slot."""
     stages = jnp.int32(problem.config.stages)
@@ -465,16 +465,17 @@ def _stream_keys_and_values(
 
         return copy
 
+    def stream_keys() -> None:
+        copy_queries()
+        _stream(problem, smem.k_empty, count, copies(k_gmem, smem.k, smem.k_full))
+
+    def stream_values() -> None:
+        _stream(problem, smem.v_empty, count, copies(v_gmem, smem.v, smem.v_full))
+
     @plgpu.warp_map
     def _(warp: jax.Array) -> None:
-        @pl.when(warp == 0)
-        def _() -> None:
-            copy_queries()
-            _stream(problem, smem.k_full, smem.k_empty, count, copies(k_gmem, smem.k, smem.k_full))
-
-        @pl.when(warp == 1)
-        def _() -> None:
-            _stream(problem, smem.v_full, smem.v_empty, count, copies(v_gmem, smem.v, smem.v_full))
+        pl.when(warp == 0)(stream_keys)
+        pl.when(warp == 1)(stream_values)
 
 
 def _join_in_shared(
@@ -561,7 +562,7 @@ def _tiles_kernel(
         last = jnp.minimum(jnp.minimum(tile, last_tile) * ROWS + ROWS - 1, shape.t - 1)
         return tile * ROWS, kv_head * group + lax.rem(number, group), lax.div(start + last, block) + 1
 
-    _, _, count = unit(1)  # the later tile has the most blocks
+    count = unit(1)[2]  # the later tile has the most blocks
     q_smem, q_plain = problem.names(smem.q)
 
     @pl.when(wg == 2)
@@ -842,8 +843,10 @@ def _check_operands(
         )
     if not (scale > 0 and math.isfinite(scale)):
         raise ValueError(f"scale={scale} must be positive; negate q, or use backend='reference'")
-    if t < 1 or b < 1 or s < plan.block:
-        raise ValueError(f"B={b} and T={t} must be at least 1 and S={s} at least {plan.block}; pad the cache")
+    if t < 1 or b < 1 or s < plan.block or s % 8:
+        raise ValueError(
+            f"B={b} and T={t} must be at least 1 and S={s} at least {plan.block} and a multiple of 8; pad the cache"
+        )
     return AttentionShape(b=b, t=t, s=s, kv_heads=kv_heads, group=n // kv_heads, h=h)
 
 

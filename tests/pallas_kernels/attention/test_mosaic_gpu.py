@@ -154,7 +154,8 @@ def test_a_models_backend_follows_its_heads(backend, head_dim, group, expected):
     [
         ({"dtype": jnp.float32}, "use backend='reference' for float32"),
         ({"h": 96}, "head_dim=96 must be 64 or 128"),
-        ({"s": 64}, "S=64 at least 128; pad the cache"),
+        ({"s": 64}, "S=64 at least 128 and a multiple of 8; pad the cache"),
+        ({"s": 132}, "S=132 at least 128 and a multiple of 8"),
         ({"group": 65}, "65 query heads a KV head are more than 64"),
         ({"plan": AttentionPlan(block=64)}, "blocks of 128 keys, not 64"),
         ({"scale": -1.0}, "scale=-1.0 must be positive"),
