@@ -1,8 +1,8 @@
 """Kernels with one reduction order each: one folder an op (`api`, `reference`, backends), no mesh, no model.
 
 Every op has a `reference` in plain JAX that states the order of its adds. `tree_matmul` also has the backends
-`mosaic_gpu` (Hopper) and `triton` (Ampere, Ada; Hopper when named); `log_softmax` and `sampling` have `mosaic_gpu`. The public call is the function re-exported here;
-it chooses the backend by device, or takes `backend=`.
+`mosaic_gpu` (Hopper) and `triton` (Ampere, Ada; Hopper when named); `log_softmax` and `sampling` have `mosaic_gpu`.
+The public call is the function re-exported here; it chooses the backend by device, or takes `backend=`.
 """
 
 from .attention.api import AttentionPlan, attention
