@@ -343,9 +343,9 @@ def _next_token(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Token, log-probability and whether the logits were finite, each [B], from logits [B, V/tp].
 
-    Each tp rank draws from its part of the vocabulary. Only for rows that use top_k or top_p the logits of the whole one
-    are gathered (which moves bits), and every rank samples the same token. Rows that do not use them take the same path
-    whoever stands beside them.
+    Each tp rank draws from its part of the vocabulary. Only for rows that use top_k or top_p the logits of the whole
+    one are gathered (which moves bits), and every rank samples the same token. Rows that do not use them take the same
+    path whoever stands beside them.
     """
     statistics = parallel.numerics.vocab_statistics(logits)
     hot = sampling.temperature > 0

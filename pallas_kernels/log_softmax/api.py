@@ -12,7 +12,7 @@ from .reference import LeafStatistics, join_totals, leaf_statistics_reference
 
 
 def leaf_statistics(x: jax.Array, *, leaves: int, backend: str | None = None) -> LeafStatistics:
-    """Maximum, sum of exp(x - maximum), index of the maximum and finiteness of each of `leaves` leaves of the last axis.
+    """Maximum, sum of exp(x - maximum), index of the maximum and finiteness of each leaf of the last axis.
 
     A rank that holds V/t of a vocabulary calls it with 8 / t leaves. The ranks' statistics, gathered in rank order, are
     those of the whole vocabulary, for `join_totals`.

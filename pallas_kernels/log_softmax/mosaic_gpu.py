@@ -9,6 +9,7 @@ The sum has the order of `tree_sum`, which pairs element i with element i + p/2,
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -101,11 +102,13 @@ def _kernel(
         return value, first
 
     def extremes(low: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        most, least = carry
-        for high in range(plan.highs):
-            most = jnp.maximum(most, row(high, low, np.float32(-np.inf))[0])
-            least = jnp.minimum(least, row(high, low, np.float32(np.inf))[0])
-        return most, least
+        most, least = (
+            [row(high, low, np.float32(outside))[0] for high in range(plan.highs)]
+            for outside in (-np.inf, np.inf)
+        )
+        return jnp.maximum(carry[0], _fold(jnp.maximum, most)), jnp.minimum(
+            carry[1], _fold(jnp.minimum, least)
+        )
 
     most, least = lax.fori_loop(0, lows, extremes, (vector(-np.inf), vector(np.inf)))
     maximum, minimum = jnp.max(most), jnp.min(least)
@@ -135,6 +138,14 @@ def _kernel(
     total_gmem[leaf] = jnp.where(known, total, np.float32(np.nan))
     index_gmem[leaf] = jnp.min(index)
     finite_gmem[leaf] = jnp.where(known & (minimum > -np.inf), 1, 0)
+
+
+def _fold(op: Callable[[jax.Array, jax.Array], jax.Array], values: list[jax.Array]) -> jax.Array:
+    """Joins values in pairs: exact in any order, and quicker than a chain."""
+    while len(values) > 1:
+        odd = values[len(values) & ~1 :]
+        values = [op(a, b) for a, b in zip(values[::2], values[1::2], strict=False)] + odd
+    return values[0]
 
 
 def _meet(plan: LeafPlan, sums: _Ref, meeting: _Ref) -> jax.Array:

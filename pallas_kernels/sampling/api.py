@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from ..common.backend import resolve_float32_backend
+from ..common.gradient import inference_only
 from .mosaic_gpu import kernel_refusal, sample_argmax_mosaic_gpu
 from .reference import Draw, sample_argmax_reference
 
@@ -50,9 +51,11 @@ def sample_argmax(
     for name, (value, shape, dtype) in expected.items():
         if value.shape != shape or value.dtype != dtype or logits.ndim != 2:
             raise ValueError(
-                f"sample_argmax: {name} is {value.dtype} {value.shape}; with logits {logits.shape} as [B, V] it must be "
-                f"{jnp.dtype(dtype)} {shape}"
+                f"sample_argmax: {name} is {value.dtype} {value.shape}; with logits {logits.shape} as [B, V] it must "
+                f"be {jnp.dtype(dtype)} {shape}"
             )
     backend = resolve_float32_backend(backend, kernel_refusal(logits.shape[1]))
     run = sample_argmax_mosaic_gpu if backend == "mosaic_gpu" else sample_argmax_reference
-    return run(logits, row_max, temperature, key, positions, jnp.asarray(offset, jnp.int32))
+    drawn = run(logits, row_max, temperature, key, positions, jnp.asarray(offset, jnp.int32))
+    value, logit = (inference_only(x, "sample_argmax") for x in (drawn.value, drawn.logit))
+    return drawn._replace(value=value, logit=logit)

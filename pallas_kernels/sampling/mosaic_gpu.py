@@ -1,7 +1,8 @@
 """Gumbel-max sampling for Hopper GPUs, in Pallas Mosaic GPU: noise that is never in memory.
 
-The CTAs of a row take a run of tiles each. A thread keeps the best of what it has seen; the threads of a CTA, and then
-the CTAs, compare theirs. Maxima are exact, so how the row is cut up does not show. A row of temperature 0 costs nothing.
+The CTAs of a row take a run of tiles each. A thread keeps the best of what it has seen; the threads of a CTA, and
+then the CTAs, compare theirs. Maxima are exact, so how the row is cut up does not show. A row of temperature 0 is not
+read.
 
 The last tile of a row ends with the row and overlaps the one before: a token seen twice is the same token.
 """
