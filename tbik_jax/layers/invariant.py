@@ -32,8 +32,8 @@ class InvariantNumerics:
     """See `Numerics`.
 
     Attributes:
-        backend: of the matmuls: "reference", "mosaic_gpu" or "triton"; float32 takes the reference. With "mosaic_gpu" the
-            other ops take their kernels too, where these cover the sizes.
+        backend: of the matmuls: "reference", "mosaic_gpu" or "triton"; float32 takes the reference. With "mosaic_gpu"
+            the other ops take their kernels too, where these cover the sizes.
     """
 
     backend: str = "reference"
