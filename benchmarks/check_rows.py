@@ -314,8 +314,13 @@ def norm_functions(kernel: str) -> dict[str, Callable[..., Any]]:
 _ROWS_MOVED = {"rms_norm": 2, "add_rms_norm": 4, "residual_add": 3, "negate": 2, "swiglu": 3}
 
 
+def plain_swiglu(gate_up: jax.Array) -> jax.Array:
+    gate, up = jnp.split(gate_up, 2, axis=-1)
+    return jax.nn.silu(gate) * up
+
+
 def swiglu_functions(kernel: str) -> dict[str, Callable[..., Any]]:
-    functions: dict[str, Callable[..., Any]] = {"swiglu plain": PLAIN.swiglu}
+    functions: dict[str, Callable[..., Any]] = {"swiglu plain": plain_swiglu}
     if kernel != "mosaic_gpu":
         return functions | {"swiglu": swiglu_joint}
     from tbik_jax.pallas_kernels.swiglu.mosaic_gpu import swiglu_mosaic_gpu
