@@ -187,9 +187,9 @@ def check_numerics(report: Report, run: Callable[..., Any], x: jax.Array, kind: 
     row_max = jnp.max(stats.maximum, axis=-1)
     if (np.asarray(row_max) != x64.max(-1)).any():
         return "the maximum is another one"
-    if stats.finite.all() is False:
+    if not bool(stats.finite.all()):
         return "not finite"
-    best = np.asarray(stats.index) + np.arange(8) * (x.shape[-1] // 8)
+    best = np.asarray(stats.best) + np.arange(8) * (x.shape[-1] // 8)
     first = [best[i][np.asarray(stats.maximum)[i].argmax()] for i in range(len(best))]
     if list(first) != list(x64.argmax(-1)):
         return f"argmax {first} is not {list(x64.argmax(-1))}"
@@ -293,7 +293,7 @@ def time_rows(report: Report, rows: int, vocab: int, interpret: bool) -> None:
     def kernel_greedy(x: jax.Array, *_: Any) -> Any:
         stats = leaf_statistics_mosaic_gpu(x, leaves=8, interpret=interpret)
         row_max = jnp.max(stats.maximum, axis=-1)
-        return logprob(stats, row_max), stats.index, stats.finite
+        return logprob(stats, row_max), stats.best, stats.finite
 
     def kernel_draw(x: jax.Array, row_max: jax.Array, *rest: Any) -> Any:
         return sample_argmax_mosaic_gpu(x, row_max, *rest, jnp.int32(0), interpret=interpret)
@@ -303,7 +303,7 @@ def time_rows(report: Report, rows: int, vocab: int, interpret: bool) -> None:
 
     def reference_greedy(x: jax.Array, *_: Any) -> Any:
         stats = leaf_statistics_reference(x, leaves=8)
-        return logprob(stats, jnp.max(stats.maximum, axis=-1)), stats.index, stats.finite
+        return logprob(stats, jnp.max(stats.maximum, axis=-1)), stats.best, stats.finite
 
     def reference_drawn(*arrays: Any) -> Any:
         return sample_argmax_reference(*arrays, jnp.int32(0))

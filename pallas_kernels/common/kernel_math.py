@@ -65,7 +65,7 @@ class KernelMath:
         """The product, rounded by itself."""
         if self.interpret:
             return rounding.mul(a, b)
-        return _instruction("mul.rn.f32")(a, b if jnp.ndim(b) else vector(b))
+        return _instruction("mul.rn.f32")(a, b if isinstance(b, jax.Array) else vector(b))
 
     def div(self, a: jax.Array, b: jax.Array) -> jax.Array:
         """The quotient, as XLA's GPU backend divides: within 2 ulps. `a / b` follows a global option of LLVM's."""

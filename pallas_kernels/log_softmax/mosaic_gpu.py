@@ -43,8 +43,8 @@ def leaf_statistics_mosaic_gpu(x: jax.Array, *, leaves: int, interpret: bool = F
         raise ValueError(f"mosaic_gpu: {refusal}; use backend='reference', which has the same bits there")
     shape = (*x.shape[:-1], leaves)
     out = _run(x.reshape(-1, COLUMNS), LeafPlan(size=size), interpret)
-    maximum, total, index, finite = (part.reshape(shape) for part in out)
-    return LeafStatistics(maximum, total, index, finite != 0)
+    maximum, total, best, finite = (part.reshape(shape) for part in out)
+    return LeafStatistics(maximum, total, best, finite != 0)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

@@ -16,14 +16,14 @@ class LeafStatistics(NamedTuple):
     Attributes:
         maximum: float32 [..., leaves]; NaN where the leaf holds one.
         total: float32 [..., leaves], the sum of exp(x - maximum); NaN where the maximum is NaN or infinity.
-        index: int32 [..., leaves], the lowest index within the leaf whose value is the maximum (the last index where
+        best: int32 [..., leaves], the lowest index within the leaf whose value is the maximum (the last index where
             the maximum is NaN).
         finite: bool [..., leaves], whether the leaf holds neither NaN nor infinity.
     """
 
     maximum: jax.Array
     total: jax.Array
-    index: jax.Array
+    best: jax.Array
     finite: jax.Array
 
 
@@ -37,9 +37,9 @@ def leaf_statistics_reference(x: jax.Array, *, leaves: int) -> LeafStatistics:
     maximum = jnp.max(parts, axis=-1)  # exact in any order
     origin = jnp.where(maximum == -np.inf, 0, maximum)
     total = tree_sum(exp(parts - origin[..., None]))
-    index = jnp.min(jnp.where(parts == maximum[..., None], jnp.arange(size), size - 1), axis=-1)
+    best = jnp.min(jnp.where(parts == maximum[..., None], jnp.arange(size), size - 1), axis=-1)
     finite = (maximum < np.inf) & (jnp.min(parts, axis=-1) > -np.inf)
-    return LeafStatistics(maximum, total, index.astype(jnp.int32), finite)
+    return LeafStatistics(maximum, total, best.astype(jnp.int32), finite)
 
 
 def join_totals(maximum: jax.Array, total: jax.Array, row_max: jax.Array) -> jax.Array:

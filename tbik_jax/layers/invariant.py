@@ -101,7 +101,7 @@ class InvariantNumerics:
         leaves = LEAVES // lax.axis_size(TP)
         backend = float32_backend(self.backend, leaf_refusal(size // leaves))
         stats = leaf_statistics(logits, leaves=leaves, backend=backend)
-        ids = stats.index + (size // leaves) * jnp.arange(leaves) + lax.axis_index(TP) * size
+        ids = stats.best + (size // leaves) * jnp.arange(leaves) + lax.axis_index(TP) * size
         parts = gather_over_tp(stats.maximum, stats.total, ids, stats.finite.astype(jnp.int32))
         # [tp, ..., leaves] -> [..., 8]: the leaves in order
         maximum, total, ids, finite = (

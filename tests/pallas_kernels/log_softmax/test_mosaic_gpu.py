@@ -51,7 +51,7 @@ def test_it_has_the_bits_of_the_reference(rows: int, vocab: int, leaves: int) ->
     assert_same_bits(out, reference(x, leaves=leaves))
     maxima, sums = orders.leaf_sums(x, leaves)
     assert_same_bits((out.maximum, out.total), (maxima, sums))
-    assert_same_bits(out.index, x.reshape(rows, leaves, -1).argmax(-1).astype(np.int32))
+    assert_same_bits(out.best, x.reshape(rows, leaves, -1).argmax(-1).astype(np.int32))
     assert np.asarray(out.finite).all()
 
 
@@ -61,8 +61,9 @@ def test_twin_another_order_has_other_bits() -> None:
     parts = x.reshape(3, 2, -1)
     plain = jax.jit(lambda p: jnp.sum(jnp.exp(p - p.max(-1, keepdims=True)), axis=-1))(parts)
     assert differing(total, plain)
-    rolled = interpreted(jnp.asarray(np.roll(parts, 1, -1).reshape(x.shape)), leaves=2).total
-    assert differing(total, rolled)
+    # Not rolled or reversed: those pair nearly the same elements.
+    shuffled = np.random.default_rng(0).permuted(parts, axis=-1)
+    assert differing(total, interpreted(jnp.asarray(shuffled.reshape(x.shape)), leaves=2).total)
 
 
 def test_a_row_alone_and_a_rank_alone_have_the_bits_of_the_whole() -> None:
@@ -80,7 +81,7 @@ def test_ties_infinities_and_nans() -> None:
     x[5, :144] = -np.inf  # a leaf of nothing
     out = interpreted(jnp.asarray(x), leaves=2)
     expected = reference(x, leaves=2)
-    assert int(out.index[0, 0]) == 7
+    assert int(out.best[0, 0]) == 7
     assert np.asarray(out.finite).tolist() == [
         [True] * 2,
         *[[False, True]] * 2,
@@ -92,7 +93,7 @@ def test_ties_infinities_and_nans() -> None:
         assert_same_bits(tuple(part[row] for part in out), tuple(part[row] for part in expected))
     np.testing.assert_array_equal(out.total, expected.total)  # where there is NaN there is NaN
     np.testing.assert_array_equal(out.maximum, expected.maximum)
-    assert_same_bits((out.index, out.finite), (expected.index, expected.finite))
+    assert_same_bits((out.best, out.finite), (expected.best, expected.finite))
 
 
 @pytest.mark.parametrize("scale", [0.01, 30, 100])
