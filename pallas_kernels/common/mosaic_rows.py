@@ -8,7 +8,7 @@ then warps, then lanes, and at last a thread's neighbours.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -204,7 +204,7 @@ def _inverse_rms(size: int, d: int, eps: float) -> Any:
             for w in range(WARPS)
         ]
         low, high = arith.addf(warps[0], warps[2]), arith.addf(warps[1], warps[3])
-        total = sum_lanes(_elements(arith.addf(low, high)), lane, LANES)
+        total = sum_lanes(_elements(arith.addf(low, high)), LANES, _Warp())
         return mgpu.FragmentedArray.splat(inverse_root(total, d, eps), ())
 
     return body
@@ -220,7 +220,21 @@ def inverse_root(total: ir.Value, d: int, eps: float) -> ir.Value:
     return llvm.inline_asm(f32, [root], "rcp.rn.f32 $0, $1;", "=f,f")
 
 
-def sum_lanes(values: list[ir.Value], lane: ir.Value, lanes: int) -> ir.Value:
+class Lanes(Protocol):
+    """Operations on one float32 a lane."""
+
+    def add(self, x: Any, y: Any) -> Any: ...
+
+    def swap(self, x: Any, distance: int) -> Any:
+        """The value of the lane whose number differs by the bit `distance`."""
+        ...
+
+    def choose(self, distance: int, clear: Any, set_: Any) -> Any:
+        """`set_` in lanes whose number has the bit `distance`, `clear` in the others."""
+        ...
+
+
+def sum_lanes(values: list[Any], lanes: int, ops: Lanes) -> Any:
     """Sums `lanes` * v float32, v <= lanes to a lane in ascending order; every lane gets the total.
 
     Halving adds a lane's values to those of the lane `lanes / 2` away first, and a lane's own values to one another
@@ -230,24 +244,35 @@ def sum_lanes(values: list[ir.Value], lane: ir.Value, lanes: int) -> ir.Value:
     distance = lanes // 2
     while distance:
         if len(values) > 1:
-            half = len(values) // 2
-            upper = arith.cmpi(arith.CmpIPredicate.ne, arith.andi(lane, _i32(distance)), _i32(0))
-            low, high = values[:half], values[half:]
-            kept = [arith.select(upper, b, a) for a, b in zip(low, high, strict=True)]
-            sent = [arith.select(upper, a, b) for a, b in zip(low, high, strict=True)]
-            values = [arith.addf(k, _swap(s, distance)) for k, s in zip(kept, sent, strict=True)]
+            low, high = values[: len(values) // 2], values[len(values) // 2 :]
+            kept = [ops.choose(distance, a, b) for a, b in zip(low, high, strict=True)]
+            sent = [ops.choose(distance, b, a) for a, b in zip(low, high, strict=True)]
+            values = [ops.add(a, ops.swap(b, distance)) for a, b in zip(kept, sent, strict=True)]
             taken.append(distance)
         else:
-            values = [arith.addf(values[0], _swap(values[0], distance))]
+            values = [ops.add(values[0], ops.swap(values[0], distance))]
         distance //= 2
     [value] = values
     for distance in taken:
-        value = arith.addf(value, _swap(value, distance))
+        value = ops.add(value, ops.swap(value, distance))
     return value
 
 
-def _swap(value: ir.Value, distance: int) -> ir.Value:
-    return mgpu.utils.shfl_bfly(value, distance)
+class _Warp:
+    """`Lanes` in MLIR; its adds are not marked for contraction."""
+
+    def __init__(self) -> None:
+        self._lane = arith.remui(mgpu.utils.thread_idx(), _i32(LANES))
+
+    def add(self, x: ir.Value, y: ir.Value) -> ir.Value:
+        return arith.addf(x, y)
+
+    def swap(self, x: ir.Value, distance: int) -> ir.Value:
+        return mgpu.utils.shfl_bfly(x, distance)
+
+    def choose(self, distance: int, clear: ir.Value, set_: ir.Value) -> ir.Value:
+        bit = arith.andi(self._lane, _i32(distance))
+        return arith.select(arith.cmpi(arith.CmpIPredicate.ne, bit, _i32(0)), set_, clear)
 
 
 def head_layout(heads: int, half: int) -> Any:
@@ -293,10 +318,10 @@ def _inverse_rms_of_heads(shape: tuple[int, int], layout: Any, d: int, eps: floa
         arg_types=(layout,), return_type=plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=layout)
     )
     def body(_: Any, x: Any) -> Any:
-        lane = arith.remui(mgpu.utils.thread_idx(), _i32(LANES))
+        warp = _Warp()
         registers = np.empty_like(x.registers)
         for index, register in np.ndenumerate(x.registers):
-            total = sum_lanes(_elements(register), lane, shape[1] // HEAD_VECTOR)
+            total = sum_lanes(_elements(register), shape[1] // HEAD_VECTOR, warp)
             registers[index] = vector.broadcast(register.type, inverse_root(total, d, eps))
         return mgpu.FragmentedArray(_registers=registers, _layout=x.layout, _is_signed=None)
 

@@ -13,6 +13,7 @@ from tbik_jax.pallas_kernels.common.backend import (
     device_backend,
     require_triton,
     resolve_backend,
+    resolve_row_backend,
 )
 from tbik_jax.pallas_kernels.tree_matmul.api import tree_matmul
 
@@ -36,6 +37,18 @@ def test_a_device_has_one_backend(platform: str, capability: str | None, expecte
     if capability is not None:
         device.compute_capability = capability
     assert device_backend(device) == expected
+
+
+def test_row_wise_ops_have_no_triton_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = SimpleNamespace(platform="gpu", compute_capability="8.0")
+    monkeypatch.setattr(jax, "devices", lambda *_: [device])
+    assert resolve_row_backend("op", None, jnp.bfloat16) == "reference"
+    with pytest.raises(ValueError, match="op has no backend 'triton'"):
+        resolve_row_backend("op", "triton", jnp.bfloat16)
+    device.compute_capability = "9.0"
+    assert resolve_row_backend("op", None, jnp.bfloat16) == "mosaic_gpu"
+    assert resolve_row_backend("op", None, jnp.float32) == "reference"
+    assert resolve_row_backend("op", "reference", jnp.bfloat16) == "reference"
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])

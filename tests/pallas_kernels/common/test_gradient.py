@@ -5,13 +5,16 @@ import jax.numpy as jnp
 import pytest
 
 from tbik_jax.pallas_kernels import (
+    add_rms_norm,
     attention,
     embedding,
     exp_sum,
     log_softmax,
+    residual_add,
     rms_norm,
     rope,
     swiglu,
+    swiglu_joint,
     tree_matmul,
 )
 
@@ -21,8 +24,11 @@ HALF = jnp.ones((1, 2, 8))
 OPS = {
     "tree_matmul": lambda x: tree_matmul(x, jnp.ones((128, 16))),
     "rms_norm": lambda x: rms_norm(x, jnp.ones(128), eps=1e-6),
+    "add_rms_norm": lambda x: add_rms_norm(x, x, jnp.ones(128), eps=1e-6)[1],
+    "residual_add": lambda x: residual_add(x, x),
     "rope": lambda x: rope(HEADS * x[0, 0], HALF, HALF),
     "swiglu": lambda x: swiglu(x, x),
+    "swiglu_joint": swiglu_joint,
     "exp_sum": lambda x: exp_sum(x, jnp.zeros(2), leaves=8),
     "log_softmax": log_softmax,
     "embedding": lambda x: embedding(jnp.arange(2), x),

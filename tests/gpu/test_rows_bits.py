@@ -1,0 +1,123 @@
+"""Bits of the row-wise kernels on a Hopper GPU: `pytest -m gpu tests/gpu/test_rows_bits.py`.
+
+`benchmarks/check_rows.py` checks the same at more sizes and keeps the results.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tbik_jax.pallas_kernels import (
+    add_rms_norm,
+    qk_norm_rope,
+    residual_add,
+    rms_norm,
+    rope_tables,
+    swiglu,
+    swiglu_joint,
+)
+from tbik_jax.pallas_kernels.common.backend import device_backend
+from tests.helpers import assert_same_bits, cancelling, differing, normal, wide
+
+EPS = 1e-6
+BF16 = jnp.bfloat16
+
+
+@pytest.fixture(scope="module", autouse=True)
+def hopper():
+    try:
+        device = jax.devices("gpu")[0]
+    except RuntimeError:
+        pytest.skip("no GPU here")
+    if device_backend(device) != "mosaic_gpu":
+        pytest.skip("no Hopper GPU here")
+
+
+def on_cpu(function, *operands):
+    """The reference's bits: XLA's own divisions and roots on a GPU are not always the nearest number."""
+    cpu = jax.devices("cpu")[0]
+    with jax.default_device(cpu):
+        return jax.tree.map(np.asarray, jax.jit(function)(*jax.device_put(operands, cpu)))
+
+
+def rows_and_scale(make, d, rows=130):
+    rng = np.random.default_rng(d)
+    x, y = (jnp.asarray(make(rng, (rows, d), BF16)) for _ in range(2))
+    return x, y, jnp.asarray((1 + normal(rng, (d,)) / 5).astype(BF16))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("make", [normal, wide, cancelling])
+@pytest.mark.parametrize("d", [80, 128, 1024, 2560, 4096, 5120, 8192])
+def test_norms_have_the_reference_s_bits_in_any_batch(make, d):
+    x, y, scale = rows_and_scale(make, d)
+    whole = add_rms_norm(x, y, scale, eps=EPS, backend="mosaic_gpu")
+    total = residual_add(x, y, backend="mosaic_gpu")
+    assert_same_bits(whole, (total, rms_norm(total, scale, eps=EPS, backend="mosaic_gpu")))
+    for rows in (slice(0, 1), slice(129, 130), slice(5, 8)):
+        part = add_rms_norm(x[rows], y[rows], scale, eps=EPS, backend="mosaic_gpu")
+        assert_same_bits(part, tuple(out[rows] for out in whole))
+    reference = functools.partial(add_rms_norm, eps=EPS, backend="reference")
+    assert_same_bits(whole, on_cpu(reference, x, y, scale))
+    # twin: a row in another order of its elements
+    turned = rms_norm(total[:, ::-1], scale[::-1], eps=EPS, backend="mosaic_gpu")[:, ::-1]
+    if d >= 1024:
+        assert differing(turned, whole[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("f", [48, 1216, 3072, 12288])
+def test_swiglu_has_one_set_of_bits(f):
+    rng = np.random.default_rng(f)
+    gate_up = jnp.asarray(normal(rng, (1100, 2 * f), BF16))
+    whole = swiglu_joint(gate_up, backend="mosaic_gpu")
+    assert_same_bits(swiglu(gate_up[:, :f], gate_up[:, f:], backend="mosaic_gpu"), whole)
+    for rows in (slice(0, 1), slice(1000, 1003)):
+        assert_same_bits(swiglu_joint(gate_up[rows], backend="mosaic_gpu"), whole[rows])
+    expected = on_cpu(functools.partial(swiglu_joint, backend="reference"), gate_up)
+    ours, expected = (np.asarray(a, np.float32) for a in (whole, expected))
+    assert (np.abs(ours - expected) <= 2.0**-7 * np.abs(expected) + 1e-30).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("kv_heads", "queries", "h"), [(8, 4, 128), (1, 4, 128), (8, 5, 128), (1, 8, 128), (8, 2, 64), (1, 2, 32)]
+)
+def test_queries_keys_and_caches(kv_heads, queries, h):
+    b, t, capacity = 2, 6, 32
+    rng = np.random.default_rng([kv_heads, queries, h])
+    qkv = jnp.asarray(normal(rng, (b, t, kv_heads, queries + 2, h), BF16))
+    scales = [jnp.asarray((1 + normal(rng, (h,)) / 5).astype(BF16)) for _ in range(2)]
+    tables = [jnp.asarray(table) for table in rope_tables(capacity, h, 1e6)]
+    positions = jnp.asarray([[3], [20]], jnp.int32) + jnp.arange(t, dtype=jnp.int32)
+    lengths = jnp.asarray([6, 32], jnp.int32)
+    caches = [jnp.asarray(normal(rng, (b, capacity, kv_heads, h), BF16)) for _ in range(2)]
+    op = functools.partial(qk_norm_rope, eps=EPS)
+    whole = op(qkv, *scales, *tables, positions, lengths, *caches, backend="mosaic_gpu")
+    reference = functools.partial(op, backend="reference")
+    assert_same_bits(whole, on_cpu(reference, qkv, *scales, *tables, positions, lengths, *caches))
+    stepped = caches
+    for i in range(t):
+        at = (slice(None), slice(i, i + 1))
+        q, *stepped = op(qkv[at], *scales, *tables, positions[at], lengths, *stepped, backend="mosaic_gpu")
+        assert_same_bits(q, whole[0][at])
+    assert_same_bits(tuple(stepped), whole[1:])
+    assert differing(caches[0], whole[1])
+
+
+@pytest.mark.gpu
+def test_a_donated_cache_stays_where_it_is():
+    b, t, kv_heads, h, capacity = 2, 1, 8, 128, 32
+    rng = np.random.default_rng(0)
+    qkv = jnp.asarray(normal(rng, (b, t, kv_heads, 6, h), BF16))
+    scale = jnp.ones(h, BF16)
+    tables = [jnp.asarray(table) for table in rope_tables(capacity, h, 1e6)]
+    positions, lengths = jnp.zeros((b, t), jnp.int32), jnp.ones(b, jnp.int32)
+    caches = [jnp.zeros((b, capacity, kv_heads, h), BF16) + i for i in range(2)]
+    before = [cache.unsafe_buffer_pointer() for cache in caches]
+    op = jax.jit(functools.partial(qk_norm_rope, eps=EPS, backend="mosaic_gpu"), donate_argnums=(7, 8))
+    after = op(qkv, scale, scale, *tables, positions, lengths, *caches)[1:]
+    assert [cache.unsafe_buffer_pointer() for cache in after] == before
