@@ -223,7 +223,7 @@ def check_swiglu(report: Report, scope: "Scope", f: int, dtype: Any, kind: str) 
     scale = np.abs(exact) + float(np.finfo(np.float16).tiny)
     errors = [
         float((np.abs(np.asarray(out, np.float64) - exact) / scale).max())
-        for out in (joint, jax.jit(PLAIN.swiglu)(gate_up))
+        for out in (joint, jax.jit(plain_swiglu)(gate_up))
     ]
     if not errors[0] <= 1.5 * errors[1]:
         report.fail(name, f"relative error {errors[0]} where the plain one has {errors[1]}")

@@ -6,8 +6,8 @@ Weights are random and the cache holds zeros: speed does not depend on values. W
 and plain by turns, median of the repeats:
 
 * decode: time a step, from a run of several steps on the device after `--context` positions;
-* prefill: one pass over prompts of `--prompt` tokens, into an empty cache;
-* kernels: the kernels of a decode step by name, from CUPTI, and what is left of the step's time without any.
+* prefill: a pass over prompts of `--prompt` tokens, into an empty cache, from several behind one another;
+* kernels: the kernels of a step or a pass by name, from CUPTI, and what is left of its time without any.
 
 Beside it the bandwidth of a large copy, and how much of it decoding's reading of weights and cache comes to.
 `--dry` runs a tiny model on the CPU.
@@ -33,7 +33,7 @@ from benchmarks import device_time
 from benchmarks.environment import environment
 from benchmarks.matmul_speed import dump
 from tbik_jax import synthetic
-from tbik_jax.buckets import capacity_bucket
+from tbik_jax.buckets import bucket, capacity_bucket
 from tbik_jax.mesh import mesh_label
 from tbik_jax.models import Qwen3, Qwen3Config
 from tbik_jax.run import Padded, Run
@@ -58,27 +58,31 @@ def main(argv: list[str]) -> int:
         "failures": [],
     }
     for name in args.models:
-        if time.monotonic() > end:
-            break
         model = _model("small" if args.dry else name)
-        tasks = [("decode", batch) for batch in args.batches] + [("prefill", b) for b in args.prefill_batches]
-        for what, batch in tasks:
-            if time.monotonic() > end:
-                data["failures"].append({"model": name, "what": what, "batch": batch, "error": "out of time"})
-                continue
+        tasks: list[Decode | Prefill] = [Decode(model, mesh, batch, args) for batch in args.batches]
+        tasks += [Prefill(model, mesh, batch, args) for batch in args.prefill_batches]
+        for task in tasks:  # all programs compile beside each other
+            task.prepare()
+        if args.pause:
+            print("press Enter to measure", flush=True)
+            sys.stdin.readline()
+        for task in tasks:
+            row: dict[str, Any] = {"model": name, "what": task.what, "batch": task.batch}
             try:
-                measure = _decode if what == "decode" else _prefill
-                row = {"model": name, "what": what, "batch": batch} | measure(model, mesh, batch, args)
-                if what == "decode" and data["copy_gb_s"]:
+                if time.monotonic() > end:
+                    raise TimeoutError("out of time")
+                row |= task.measure()
+                if task.what == "decode" and data["copy_gb_s"]:
                     row["of_copy"] = _of_copy(row, data["copy_gb_s"])
                 data["rows"].append(row)
             except Exception as error:  # recorded; the rest is worth measuring
-                row = {"model": name, "what": what, "batch": batch, "error": f"{error}"[:1000]}
+                row["error"] = f"{type(error).__name__}: {error}"[:1000]
                 data["failures"].append(row)
+            task.free()
             print(json.dumps({k: v for k, v in row.items() if k != "kernels"}), flush=True)
             if args.out:
                 args.out.write_text(dump(data))
-        del model
+        del model, tasks, task
     return 1 if data["failures"] else 0
 
 
@@ -91,10 +95,11 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--context", type=int, default=1024, help="positions before the first decoded one")
     parser.add_argument("--prompt", type=int, default=2048, help="tokens of prefill")
     parser.add_argument("--steps", type=int, default=24, help="decode steps timed together")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--numerics", nargs="+", default=NUMERICS, choices=NUMERICS)
     parser.add_argument("--limit", type=float, default=500, help="seconds after which nothing new begins")
     parser.add_argument("--out", type=Path, help="JSON file for the results")
+    parser.add_argument("--pause", action="store_true", help="compile, and wait for Enter before measuring")
     parser.add_argument("--dry", action="store_true", help="a tiny model, for a try on the CPU")
     return parser.parse_args(argv)
 
@@ -108,83 +113,136 @@ def _model(name: str) -> Qwen3:
     return model
 
 
-def _engines(model: Qwen3, mesh: Any, names: Any) -> dict[str, Engine]:
-    return {name: Engine.create(model, mesh, name) for name in names}
+class _Task:
+    """One batch size, with a run of each numerics.
+
+    Attributes:
+        what: "decode" or "prefill".
+        batch: prompts.
+    """
+
+    what = ""
+
+    def __init__(self, model: Qwen3, mesh: Any, batch: int, args: argparse.Namespace):
+        self.model, self.batch, self._args, self._mesh = model, batch, args, mesh
+        self._runs: dict[str, Run] = {}
+        self._began = time.perf_counter()
+
+    def prepare(self) -> None:
+        """Begins to compile."""
+        for name in self._args.numerics:
+            self._runs[name] = self._prepare(Engine.create(self.model, self._mesh, name))
+
+    def free(self) -> None:
+        """Gives the caches back."""
+        self._runs = {}
+
+    def measure(self) -> dict[str, Any]:
+        """Milliseconds of each numerics, by turns."""
+        times: dict[str, list[float]] = collections.defaultdict(list)
+        for run in self._runs.values():
+            self._allocate(run)
+            self._go(run, 0)
+        for turn in range(1, self._args.repeats + 1):
+            for name, run in self._runs.items():
+                times[name].append(1000 * self._go(run, turn))
+        ms = {name: round(statistics.median(each), 4) for name, each in times.items()}
+        kernels = {}
+        if not self._args.dry:
+            for name, run in self._runs.items():
+                kernels[name] = _kernels(lambda run=run: self._last(run), self._counted, ms[name])
+        return {
+            "ms": ms,
+            "ratio": _ratio(ms),
+            "spread_ms": {name: [round(t, 4) for t in sorted(each)] for name, each in times.items()},
+            "kernels": kernels,
+        } | self._notes()
+
+    def _prepare(self, engine: Engine) -> Run:
+        raise NotImplementedError
+
+    def _allocate(self, run: Run) -> None:
+        raise NotImplementedError
+
+    def _go(self, run: Run, turn: int) -> float:
+        """Seconds of one decode step or one pass, from a turn of several."""
+        raise NotImplementedError
+
+    #: Steps or passes of `_last`.
+    _counted = 1
+
+    def _last(self, run: Run) -> Any:
+        raise NotImplementedError
+
+    def _notes(self) -> dict[str, Any]:
+        return {}
 
 
-def _decode(model: Qwen3, mesh: Any, batch: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Milliseconds a step of each numerics."""
-    room = 16 * (2 + args.steps * (args.repeats + 1) // 16)
-    rows = Padded.of([np.zeros((args.context,), np.int32)] * batch, mesh)
-    sampling = sampling_arrays([SamplingParams()] * rows.size, model.config.vocab_size)
-    times: dict[str, list[float]] = collections.defaultdict(list)
-    runs, compile_s, kernels = {}, {}, {}
-    for name, engine in _engines(model, mesh, args.numerics).items():
-        began = time.perf_counter()
-        run = Run(engine, rows, capacity_bucket(args.context + room), model.config)
-        run.prepare_decode(room, sampling, False, np.asarray([-1], np.int32))
+class Decode(_Task):
+    """Steps of the decode loop after `--context` positions."""
+
+    what = "decode"
+    _counted = 4
+
+    @property
+    def _room(self) -> int:
+        return self._args.steps * (self._args.repeats + 1) + self._counted
+
+    def _prepare(self, engine: Engine) -> Run:
+        rows = Padded.of([np.zeros((self._args.context,), np.int32)] * self.batch, self._mesh)
+        sampling = sampling_arrays([SamplingParams()] * rows.size, self.model.config.vocab_size)
+        run = Run(engine, rows, capacity_bucket(self._args.context + self._room), self.model.config)
+        run.prepare_decode(bucket(self._room), sampling, False, np.asarray([-1], np.int32))
+        return run
+
+    def _allocate(self, run: Run) -> None:
         run.allocate(1)
-        run.advance(2)
-        jax.block_until_ready(run.state.token)
-        compile_s[name] = round(time.perf_counter() - began, 1)
-        runs[name] = run
-    for turn in range(args.repeats):
-        for name, run in runs.items():
-            first = 2 + turn * args.steps
-            times[name].append(_seconds(lambda run=run, n=first + args.steps: _to(run, n)) / args.steps)
-    if not args.dry:
-        for name, run in runs.items():
-            kernels[name] = _kernels(run, 2 + args.repeats * args.steps, statistics.median(times[name]))
-    ms = {name: round(1000 * statistics.median(each), 4) for name, each in times.items()}
-    read = sum(each.nbytes for each in jax.tree.leaves(nnx.state(model)))
-    if not model.config.tie_word_embeddings:
-        read -= model.embedding_vd[...].nbytes  # of which a step reads a few rows
-    config = model.config
-    cached = (
-        2 * batch * args.context * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 2
-    )
-    return {
-        "context": args.context,
-        "ms": ms,
-        "ratio": _ratio(ms),
-        "spread_ms": {name: [round(1000 * t, 4) for t in sorted(each)] for name, each in times.items()},
-        "bytes_a_step": read + cached,
-        "compile_s": compile_s,
-        "kernels": kernels,
-    }
+
+    def _go(self, run: Run, turn: int) -> float:
+        return _seconds(lambda: _to(run, (turn + 1) * self._args.steps)) / self._args.steps
+
+    def _last(self, run: Run) -> Any:
+        return _to(run, self._room)
+
+    def _notes(self) -> dict[str, Any]:
+        config, model = self.model.config, self.model
+        read = sum(each.nbytes for each in jax.tree.leaves(nnx.state(model)))
+        if not config.tie_word_embeddings:
+            read -= model.embedding_vd[...].nbytes  # of which a step reads a few rows
+        positions = self.batch * self._args.context * config.num_hidden_layers
+        cached = 2 * positions * config.num_key_value_heads * config.head_dim * model.dtype.itemsize
+        return {"context": self._args.context, "bytes_a_step": read + cached}
+
+
+class Prefill(_Task):
+    """Passes over prompts of `--prompt` tokens."""
+
+    what = "prefill"
+    _passes = 3  # of a turn, one behind the other, so that the host's work is hidden as in a chunked prefill
+
+    def _prepare(self, engine: Engine) -> Run:
+        rows = Padded.of([np.zeros((self._args.prompt + 1,), np.int32)] * self.batch, self._mesh)
+        run = Run(engine, rows, capacity_bucket(self._args.prompt), self.model.config)
+        run.prepare_prefill(self._args.prompt)
+        return run
+
+    def _allocate(self, run: Run) -> None:
+        run.allocate(self._args.prompt)
+
+    def _go(self, run: Run, turn: int) -> float:
+        return _seconds(lambda: [self._last(run) for _ in range(self._passes)][-1]) / self._passes
+
+    def _last(self, run: Run) -> Any:
+        run.prefill(0, self._args.prompt)
+        return run.cache
+
+    def _notes(self) -> dict[str, Any]:
+        return {"prompt": self._args.prompt}
 
 
 def _to(run: Run, count: int) -> Any:
     run.advance(count)
     return run.state.token
-
-
-def _prefill(model: Qwen3, mesh: Any, batch: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Milliseconds of one pass over `batch` prompts."""
-    rows = Padded.of([np.zeros((args.prompt + 1,), np.int32)] * batch, mesh)
-    times: dict[str, list[float]] = collections.defaultdict(list)
-    runs, compile_s = {}, {}
-    for name, engine in _engines(model, mesh, args.numerics).items():
-        began = time.perf_counter()
-        run = Run(engine, rows, capacity_bucket(args.prompt), model.config)
-        run.prepare_prefill(args.prompt)
-        run.allocate(args.prompt)
-        run.prefill(0, args.prompt)
-        jax.block_until_ready(run.cache)
-        compile_s[name] = round(time.perf_counter() - began, 1)
-        runs[name] = run
-    for _ in range(args.repeats):
-        for name, run in runs.items():
-            times[name].append(_seconds(lambda run=run: (run.prefill(0, args.prompt), run.cache)[1]))
-    ms = {name: round(1000 * statistics.median(each), 3) for name, each in times.items()}
-    spread = {name: [round(1000 * t, 3) for t in sorted(each)] for name, each in times.items()}
-    return {
-        "prompt": args.prompt,
-        "ms": ms,
-        "ratio": _ratio(ms),
-        "spread_ms": spread,
-        "compile_s": compile_s,
-    }
 
 
 def _ratio(ms: dict[str, float]) -> float | None:
@@ -202,12 +260,12 @@ def _seconds(function: Callable[[], Any]) -> float:
     return time.perf_counter() - began
 
 
-def _kernels(run: Run, count: int, step_s: float) -> dict[str, Any]:
-    """Microseconds of a step by kernel, the largest first, from a few more steps."""
-    steps, clock = 4, device_time.Cupti()
+def _kernels(function: Callable[[], Any], steps: int, step_ms: float) -> dict[str, Any]:
+    """Microseconds of a step by kernel, the largest first, from a call of `function`, which takes several."""
+    clock = device_time.Cupti()
     clock.start()
     try:
-        jax.block_until_ready(_to(run, count + steps))
+        jax.block_until_ready(function())
     finally:
         recorded = clock.stop()
     total: dict[str, list[float]] = collections.defaultdict(lambda: [0.0, 0.0])
@@ -219,7 +277,7 @@ def _kernels(run: Run, count: int, step_s: float) -> dict[str, Any]:
     return {
         "launches": round(len(recorded) / steps, 1),
         "busy_us": round(busy, 1),
-        "idle_us": round(1e6 * step_s - busy, 1),
+        "idle_us": round(1000 * step_ms - busy, 1),
         "us_and_launches": {name: [round(us, 1), round(n, 2)] for name, (us, n) in largest[:_SHOWN]},
         "others_us": round(sum(us for _, (us, _) in largest[_SHOWN:]), 1),
     }

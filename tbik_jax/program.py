@@ -1,6 +1,7 @@
-"""A jitted step whose programs can be compiled in the background, two at a time."""
+"""A jitted step whose programs can be compiled in the background, a few at a time."""
 
 import functools
+import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,7 +12,8 @@ import jax
 
 @functools.cache
 def _compilers() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(max_workers=2, thread_name_prefix="tbik-jax-compile")
+    workers = max(2, min(8, (os.cpu_count() or 2) // 2))
+    return ThreadPoolExecutor(max_workers=workers, thread_name_prefix="tbik-jax-compile")
 
 
 class Program:

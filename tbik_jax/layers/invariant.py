@@ -1,6 +1,7 @@
 """The invariant numerics: every reduction has one order, whatever the mesh and the batch."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -53,10 +54,12 @@ class InvariantNumerics:
     def row_parallel(self, x: jax.Array, w: jax.Array) -> jax.Array:
         ranks = lax.axis_size(TP)
         plan = plan_contraction(k=x.shape[-1] * ranks, n=w.shape[1], dtype=x.dtype, role="row")
-        partial = tree_matmul(
-            x, w, plan.local_leaves(ranks), out_dtype=jnp.float32, backend=self._backend(x.dtype)
+        product = functools.partial(
+            tree_matmul, x, w, plan.local_leaves(ranks), backend=self._backend(x.dtype)
         )
-        return tree_psum(partial, TP, out_dtype=x.dtype)
+        if ranks == 1:  # the whole tree is here, and its one rounding too
+            return product()
+        return tree_psum(product(out_dtype=jnp.float32), TP, out_dtype=x.dtype)
 
     def rms_norm(self, x: jax.Array, scale: jax.Array, *, eps: float) -> jax.Array:
         return rms_norm(x, scale, eps=eps, backend=self._row_backend(x.dtype))
