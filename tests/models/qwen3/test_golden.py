@@ -19,6 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from tbik_jax import load, make_mesh, synthetic
 from tbik_jax.mesh import BATCH_AXES
+from tbik_jax.models.qwen3.modules import init_cache
 from tbik_jax.pallas_kernels.rope.api import rope_tables
 from tbik_jax.steps import Engine
 from tests.checkpoints import SINGLE, edit_json, edit_tensors, read_tensors
@@ -70,7 +71,7 @@ def run(folder: Path, input_ids: np.ndarray, *, dtype: Any, tp: int, numerics: s
     tables = jax.device_put(
         rope_tables(CAPACITY, config.head_dim, config.rope_theta), NamedSharding(mesh, PartitionSpec())
     )
-    cache = engine.steps.init_cache(len(input_ids), CAPACITY)
+    cache = init_cache(engine.steps.cache_shapes(len(input_ids), CAPACITY))
     hidden, logits = jax.device_get(engine.steps.hidden_states(engine.parameters, cache, *rows, tables))
     return Output(hidden=hidden, logits=logits)
 
