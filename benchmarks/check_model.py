@@ -118,6 +118,7 @@ class Check:
             ("a long one alone", [7], {}),
             ("a long one alone, chunks of 64", [6], {"prefill_chunk": 64}),
             ("one token alone, a longer cache", [0], {"max_new_tokens": 600}),
+            ("layers as a scan", [4], {"scan_layers": True}),
         ):
             self.record(name, lambda i=indices, o=options: self._same(self._run("invariant", i, o), whole, i))
         for chunk in (None, 100):

@@ -32,6 +32,10 @@ from .sampling import SamplingArrays, sample
 
 NUMERICS = ("invariant", "plain")
 
+#: How invariant programs are compiled. XLA may otherwise drop bfloat16 roundings inside fusions; and where a loop over
+#: layers slices a stack of caches, it may hand a kernel that writes its cache in place two places instead of one.
+INVARIANT_OPTIONS = {"xla_allow_excess_precision": False, "xla_gpu_enable_dynamic_slice_fusion": False}
+
 
 class Decoded(NamedTuple):
     """Result of the decode loop.
@@ -228,12 +232,7 @@ class Steps:
             out_specs=out_specs,
             check_vma=False,
         )
-        # XLA may otherwise drop bfloat16 roundings inside fusions.
-        options = (
-            {"xla_allow_excess_precision": False}
-            if isinstance(self._parallel.numerics, InvariantNumerics)
-            else {}
-        )
+        options = INVARIANT_OPTIONS if isinstance(self._parallel.numerics, InvariantNumerics) else {}
         return Program(jax.jit(mapped, donate_argnums=donate, compiler_options=options))
 
     def cache_shapes(self, batch: int, capacity: int) -> Cache:

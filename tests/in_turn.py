@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from tbik_jax.layers import base, invariant
-from tbik_jax.steps import Engine
+from tbik_jax.steps import INVARIANT_OPTIONS, Engine
 
 #: What the invariant numerics call.
 KERNELS = (
@@ -89,6 +89,6 @@ def hidden_states(
         alone = jax.vmap(lambda _: jax.vmap(lambda _: over_tp(), axis_name="fsdp")(one), axis_name="data")
         return alone(one)
 
-    compiled = jax.jit(whole, compiler_options={"xla_allow_excess_precision": False})
+    compiled = jax.jit(whole, compiler_options=INVARIANT_OPTIONS)
     taps, logits = jax.tree.map(lambda x: x[0, 0], compiled(jnp.zeros((1,))))
     return [tap[0] for tap in taps], jnp.concatenate(list(logits), axis=-1)
