@@ -41,7 +41,7 @@ _Ref = Any  # Pallas has no public type for what its refs become inside a kernel
 _PRODUCER_REGISTERS = 24
 _WIDTH = 64  # columns of 16 bits that are as wide as the swizzle
 _LANES = 8  # partial sums of a row's weights: key j of a block goes to lane j % 8
-_BATCH = 16  # splits that are loaded at a time where CTAs join what others left
+_BATCH = 16  # splits at most that are loaded at a time where CTAs join what others left
 _NEG_INF = float("-inf")
 
 
@@ -813,6 +813,7 @@ def _join_rows(problem: _Problem, sums: list[_Ref], splits: jax.Array, out: _Ref
     layout = plgpu.Layout.WG_STRIDED((height, h), vec_size=1)
     values_gmem, stats_gmem = sums
     product = _Product(problem.interpret, layout)
+    together = min(_BATCH, problem.splits)
 
     def full(value: Any) -> jax.Array:
         return plgpu.layout_cast(jnp.full((height, h), value, jnp.float32), layout)
@@ -835,13 +836,13 @@ def _join_rows(problem: _Problem, sums: list[_Ref], splits: jax.Array, out: _Ref
     def batch(i: jax.Array, carry: tuple[_Partial, jax.Array]) -> tuple[_Partial, jax.Array]:
         joined, values = carry
         # All at once: each takes the L2 cache's latency.
-        loaded = [load(i * _BATCH + j) for j in range(_BATCH)]
+        loaded = [load(i * together + j) for j in range(together)]
         for part, part_values in loaded:
             joined, values = _merge(joined, part, values, part_values, product)
         return joined, values
 
     empty = _Partial(full(_NEG_INF), full(0.0)), full(0.0)
-    batches = lax.div(splits + (_BATCH - 1), jnp.int32(_BATCH))
+    batches = lax.div(splits + (together - 1), jnp.int32(together))
     joined, values = lax.fori_loop(0, batches, batch, empty)
     out.at[pl.ds(first, height)][...] = _normalise(joined, values, problem.dtype)
 
