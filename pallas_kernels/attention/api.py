@@ -61,7 +61,7 @@ def attention(
         from .mosaic_gpu import attention_mosaic_gpu  # imports the GPU lowering only where it is used
 
         k, v = _pad(k, v, max(plan.block - k.shape[1], -k.shape[1] % 8))
-        out = attention_mosaic_gpu(q, k, v, positions[:, 0], plan=plan, scale=scale)
+        out = attention_mosaic_gpu(q, k, v, positions, plan=plan, scale=scale)
     else:
         k, v = _pad(k, v, -k.shape[1] % plan.block)
         out = attention_reference(q, k, v, positions, plan=plan, scale=scale)

@@ -5,6 +5,7 @@ from typing import Literal
 
 ROWS = 64  # of a warpgroup's tile: (query, head of the group) pairs; what wgmma multiplies at a time
 _RESIDENT_CLUSTERS = {1: 132, 2: 66, 4: 30, 8: 15}  # of 1, 2, 4 and 8 CTAs, one CTA an SM, on an H200
+_LEAST_SAVED = 256  # splits a CTA, times H, that a second launch must save
 _L2_BYTES = 24_000_000  # of keys and values that CTAs which run at the same time may walk
 
 
@@ -27,28 +28,40 @@ class AttentionConfig:
     Attributes:
         variant: "tiles" gives a warpgroup 64 queries of one head, two warpgroups a CTA, and walks all keys in the CTA.
             "split" gives one warpgroup all heads of a KV head and all queries, at most 64 rows together, and shares out
-            the splits over the CTAs of a cluster.
-        cluster: CTAs that share out the splits; 1, 2, 4 or 8.
-        stages: blocks of keys, and of values, that are in shared memory.
+            the splits over CTAs.
+        parts: CTAs that share out the splits. 1, 2, 4 or 8 are a cluster, and join the splits themselves.
+        second_launch: the parts are no cluster, and may be any number; another kernel joins the splits.
+        stages: blocks of keys that are in shared memory.
+        value_stages: blocks of values.
         kv_group: KV heads (of all batch rows) whose tiles are next to each other in the launch order.
     """
 
     variant: Literal["tiles", "split"]
-    cluster: int = 1
+    parts: int = 1
+    second_launch: bool = False
     stages: int = 2
+    value_stages: int = 2
     kv_group: int = 1
 
     def __post_init__(self) -> None:
-        if self.variant not in ("tiles", "split") or self.cluster not in _RESIDENT_CLUSTERS:
+        sizes = range(2, 133) if self.second_launch else _RESIDENT_CLUSTERS
+        if self.variant not in ("tiles", "split") or self.parts not in sizes:
             raise ValueError(
-                f"variant={self.variant!r} must be 'tiles' or 'split', cluster={self.cluster} 1, 2, 4 or 8"
+                f"variant={self.variant!r} must be 'tiles' or 'split', parts={self.parts} 1, 2, 4 or 8, or 2 to 132 "
+                "with second_launch"
             )
-        if self.variant == "tiles" and self.cluster > 1:
-            raise ValueError(f"variant='tiles' shares out nothing; cluster={self.cluster} must be 1")
-        if self.stages < 2 or self.kv_group < 1:
+        if self.variant == "tiles" and self.parts > 1:
+            raise ValueError(f"variant='tiles' shares out nothing; parts={self.parts} must be 1")
+        if min(self.stages, self.value_stages) < 2 or self.kv_group < 1:
             raise ValueError(
-                f"stages={self.stages} must be at least 2 and kv_group={self.kv_group} at least 1"
+                f"stages={self.stages} and value_stages={self.value_stages} must be at least 2 and "
+                f"kv_group={self.kv_group} at least 1"
             )
+
+    @property
+    def in_cluster(self) -> bool:
+        """Whether the parts are a cluster."""
+        return not self.second_launch
 
 
 def choose_config(shape: AttentionShape, splits: int) -> AttentionConfig:
@@ -59,4 +72,15 @@ def choose_config(shape: AttentionShape, splits: int) -> AttentionConfig:
         return AttentionConfig(variant="tiles", kv_group=together)
     rows = shape.b * shape.kv_heads
     fitting = [c for c, clusters in _RESIDENT_CLUSTERS.items() if rows <= clusters and c <= splits]
-    return AttentionConfig(variant="split", cluster=max(fitting, default=1))
+    cluster, most = max(fitting, default=1), min(splits, _RESIDENT_CLUSTERS[1] // rows)
+    # Clusters leave SMs idle. A second launch costs some microseconds, as long as a CTA takes for half a split.
+    turns_saved = -(-splits // cluster) - -(-splits // most) if most > cluster else 0
+    second_launch = turns_saved * shape.h >= _LEAST_SAVED
+    stages, value_stages = (2, 3) if shape.h == 128 else (4, 4)
+    return AttentionConfig(
+        variant="split",
+        parts=most if second_launch else cluster,
+        second_launch=second_launch,
+        stages=stages,
+        value_stages=value_stages,
+    )

@@ -7,9 +7,9 @@ in ascending order (`_merge`).
 
 * "tiles" (prefill): two consumers a CTA with 64 queries of one head each. They walk all keys and join the splits as
   they come; the joined ones wait in shared memory.
-* "split" (decode, short chunks): one consumer, whose rows are the queries and the heads of one KV head. The CTAs of a
-  cluster take every cluster-th split and leave it in global memory; then each joins all splits of a part of the rows. A
-  cluster of one joins them in shared memory like "tiles".
+* "split" (decode, short chunks): one consumer, whose rows are the queries and the heads of one KV head. `parts` CTAs
+  take every parts-th split and leave it in global memory. Then, if they are a cluster, each joins all splits of some
+  of the rows, else a second launch does. One part alone joins them in shared memory like "tiles".
 
 A row's bits do not depend on its place among the 64, nor on the rows beside it, and blocks and splits that a row does
 not see change nothing in it: so both variants, every tile and every number of CTAs give a query the same bits. What is
@@ -41,7 +41,7 @@ _Ref = Any  # Pallas has no public type for what its refs become inside a kernel
 _PRODUCER_REGISTERS = 24
 _WIDTH = 64  # columns of 16 bits that are as wide as the swizzle
 _LANES = 8  # partial sums of a row's weights: key j of a block goes to lane j % 8
-_BATCH = 16  # splits that are loaded at a time when a cluster joins them
+_BATCH = 16  # splits at most that are loaded at a time where CTAs join what others left
 _NEG_INF = float("-inf")
 
 
@@ -49,7 +49,7 @@ def attention_mosaic_gpu(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    starts: jax.Array,
+    positions: jax.Array,
     *,
     plan: AttentionPlan,
     scale: float,
@@ -63,7 +63,8 @@ def attention_mosaic_gpu(
         k: [B, S, K, H] of the same type, key s at absolute position s; N is a multiple of K, at most 64 times K. S is
             at least `plan.block` and a multiple of 8.
         v: like k. Values past a query's position may hold anything finite.
-        starts: int32 [B], the absolute position of each row's first query; the others follow one by one, all below S.
+        positions: integers [B, T], the absolute position of each query, below S. Only positions[b, 0] is read: the
+            others follow one by one.
         plan: blocks of 128 keys; any number of them a split.
         scale: multiplies the scores; positive.
         config: The variant; `choose_config`'s by default.
@@ -76,7 +77,7 @@ def attention_mosaic_gpu(
     Raises:
         ValueError: If a shape, a type, `scale`, `plan`, `config` or the device is not covered.
     """
-    shape = _check_operands(q, k, v, starts, plan, scale)
+    shape = _check_operands(q, k, v, positions, plan, scale)
     config = config or choose_config(shape, pl.cdiv(shape.s, plan.split))
     if config.variant == "split" and shape.t * shape.group > ROWS:
         raise ValueError(
@@ -86,7 +87,7 @@ def attention_mosaic_gpu(
         _check_device()
     problem = _Problem(shape=shape, dtype=q.dtype, plan=plan, scale=scale, config=config, interpret=interpret)
     run = _run_tiles if config.variant == "tiles" else _run_split
-    return run(q, k, v, starts.astype(jnp.int32), problem)
+    return run(q, k, v, positions.astype(jnp.int32), problem)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -122,6 +123,13 @@ class _Problem:
     @property
     def splits(self) -> int:
         return pl.cdiv(self.shape.s, self.plan.split)
+
+    @property
+    def joined_rows(self) -> int:
+        """Rows that a CTA joins at a time: 128 numbers, or twice as many where it has them, to wait half as often."""
+        least = 128 // self.shape.h
+        joiners = self.config.parts if self.config.in_cluster else pl.cdiv(self.rows, least)
+        return 2 * least if self.rows > least * joiners else least
 
     @property
     def tile_pairs(self) -> int:
@@ -162,30 +170,37 @@ class _Problem:
 
     def rings(self, consumers: int) -> dict[str, Any]:
         """Shared memory and barriers of the streams of keys and values."""
-        stages, tile = self.config.stages, (self.plan.block, self.shape.h)
-        full = plgpu.Barrier(num_arrivals=1, num_barriers=stages)
-        empty = plgpu.Barrier(num_arrivals=consumers, num_barriers=stages)
+        tile = self.plan.block, self.shape.h
+        keys, values = self.config.stages, self.config.value_stages
         stand_ins = {}  # see _with_accumulator
         if self.interpret:
             stand_ins["scores_acc"] = plgpu.SMEM((consumers, ROWS, self.plan.block), jnp.float32)
             stand_ins["values_acc"] = plgpu.SMEM((consumers, ROWS, self.shape.h), jnp.float32)
         return stand_ins | {
-            "k": self.operand(stages, *tile),
-            "v": self.operand(stages, *tile),
-            "k_full": full,
-            "v_full": full,
-            "k_empty": empty,
-            "v_empty": empty,
+            "k": self.operand(keys, *tile),
+            "v": self.operand(values, *tile),
+            "k_full": plgpu.Barrier(num_arrivals=1, num_barriers=keys),
+            "v_full": plgpu.Barrier(num_arrivals=1, num_barriers=values),
+            "k_empty": plgpu.Barrier(num_arrivals=consumers, num_barriers=keys),
+            "v_empty": plgpu.Barrier(num_arrivals=consumers, num_barriers=values),
         }
 
-    def kernel(self, body: Callable[..., None], **kwargs: Any) -> Callable[..., Any]:
+    def key_slot(self, index: jax.Array) -> jax.Array:
+        """Where the ring of keys has its index-th block."""
+        return lax.rem(index, jnp.int32(self.config.stages))
+
+    def value_slot(self, index: jax.Array) -> jax.Array:
+        """Where the ring of values has its index-th block."""
+        return lax.rem(index, jnp.int32(self.config.value_stages))
+
+    def kernel(self, body: Callable[..., None], name: str, **kwargs: Any) -> Callable[..., Any]:
         # Where memory passes from one thread or proxy to another, the kernel says so itself.
         params = plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True)
         interpret = plgpu.InterpretGPUParams(inline_mgpu="ignore") if self.interpret else None
         return plgpu.kernel(
             functools.partial(body, self),
             thread_name="wg",
-            kernel_name=f"attention_{self.config.variant}",
+            kernel_name=f"attention_{name}",
             compiler_params=params,
             interpret=interpret,
             **kwargs,
@@ -317,7 +332,7 @@ def _walk(
     `positions` [ROWS] are those of the rows; blocks from `first_masked` on hold keys that some row does not see.
     After each split, end_split(index of its last block, its softmax, its values, joined splits) -> joined splits.
     """
-    stages, per_split = jnp.int32(problem.config.stages), jnp.int32(problem.plan.blocks_per_split)
+    per_split = jnp.int32(problem.plan.blocks_per_split)
     block, h = problem.plan.block, problem.shape.h
     scores_stand_in = values_stand_in = None
     if problem.interpret:
@@ -336,25 +351,25 @@ def _walk(
         return lax.cond(block_at(index) >= first_masked, masked, lambda scores: scores, scores)
 
     def multiply_keys(acc: _Ref, index: jax.Array) -> None:
-        slot = lax.rem(index, stages)
+        slot = problem.key_slot(index)
         plgpu.barrier_wait(smem.k_full.at[slot])
         for i in range(problem.parts):
             keys = smem.k.at[slot, :, pl.ds(i * _WIDTH, _WIDTH)].transpose((1, 0))
             _multiply(problem, acc, q_smem.at[i], keys, first=i == 0)
 
     def multiply_values(acc: _Ref, weights: jax.Array, index: jax.Array) -> None:
-        slot = lax.rem(index, stages)
+        slot = problem.value_slot(index)
         plgpu.barrier_wait(smem.v_full.at[slot])
         _multiply(problem, acc, weights, smem.v.at[slot], first=False)
 
     def take_scores(acc: _Ref, index: jax.Array, running: int) -> jax.Array:
         scores = _read(problem, acc, running)
-        plgpu.barrier_arrive(smem.k_empty.at[lax.rem(index, stages)])
+        plgpu.barrier_arrive(smem.k_empty.at[problem.key_slot(index)])
         return mask(scores, index)
 
     def take_values(acc: _Ref, index: jax.Array) -> jax.Array:
         values = _read(problem, acc, 0)
-        plgpu.barrier_arrive(smem.v_empty.at[lax.rem(index, stages)])
+        plgpu.barrier_arrive(smem.v_empty.at[problem.value_slot(index)])
         return values
 
     def walk(values_acc: _Ref) -> _Partial:
@@ -427,11 +442,9 @@ def _read(problem: _Problem, acc: _Ref, running: int) -> jax.Array:
     return acc[...] if problem.interpret else plgpu.wgmma_accumulator_load(acc, wait_n=running)
 
 
-def _stream(
-    problem: _Problem, empty: _Ref, count: jax.Array, copy: Callable[[jax.Array, jax.Array], None]
-) -> None:
-    """One warp: calls copy(index, slot) for `count` blocks, each when the consumers have freed its slot."""
-    stages = jnp.int32(problem.config.stages)
+def _stream(ring: int, empty: _Ref, count: jax.Array, copy: Callable[[jax.Array, jax.Array], None]) -> None:
+    """One warp: calls copy(index, slot) for `count` blocks, each when the consumers have freed its slot of `ring`."""
+    stages = jnp.int32(ring)
     # Not a constant to the compiler: unrolled, the loop would need more registers than these warps have.
     count = lax.optimization_barrier(count)
 
@@ -467,10 +480,10 @@ def _stream_keys_and_values(
 
     def stream_keys() -> None:
         copy_queries()
-        _stream(problem, smem.k_empty, count, copies(k_gmem, smem.k, smem.k_full))
+        _stream(problem.config.stages, smem.k_empty, count, copies(k_gmem, smem.k, smem.k_full))
 
     def stream_values() -> None:
-        _stream(problem, smem.v_empty, count, copies(v_gmem, smem.v, smem.v_full))
+        _stream(problem.config.value_stages, smem.v_empty, count, copies(v_gmem, smem.v, smem.v_full))
 
     @plgpu.warp_map
     def _(warp: jax.Array) -> None:
@@ -522,7 +535,9 @@ def _rows_of(position: jax.Array, per_query: int) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnums=(4,))
-def _run_tiles(q: jax.Array, k: jax.Array, v: jax.Array, starts: jax.Array, problem: _Problem) -> jax.Array:
+def _run_tiles(
+    q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, problem: _Problem
+) -> jax.Array:
     shape, consumers = problem.shape, 2
     scratch = problem.rings(consumers) | {
         "q": problem.queries(consumers),
@@ -531,13 +546,14 @@ def _run_tiles(q: jax.Array, k: jax.Array, v: jax.Array, starts: jax.Array, prob
     }
     kernel = problem.kernel(
         _tiles_kernel,
+        "tiles",
         out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
         scratch_types=scratch,
         grid=(shape.b * shape.kv_heads * problem.tile_pairs,),
         grid_names=("cta",),
         num_threads=consumers + 1,
     )
-    return kernel(q, k, v, starts)
+    return kernel(q, k, v, positions)
 
 
 def _tiles_kernel(
@@ -545,14 +561,14 @@ def _tiles_kernel(
     q_gmem: _Ref,
     k_gmem: _Ref,
     v_gmem: _Ref,
-    starts_gmem: _Ref,
+    positions_gmem: _Ref,
     out_gmem: _Ref,
     **scratch: _Ref,
 ) -> None:
     smem, shape, block = types.SimpleNamespace(**scratch), problem.shape, jnp.int32(problem.plan.block)
     wg = lax.axis_index("wg")
     pair, row, kv_head = _tile_of(problem, lax.axis_index("cta"))
-    start = starts_gmem[row]
+    start = positions_gmem[row, 0]
     group, last_tile = jnp.int32(shape.group), jnp.int32(pl.cdiv(shape.t, ROWS) - 1)
 
     def unit(index: jax.Array | int) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -596,8 +612,10 @@ def _tiles_kernel(
         )
 
         def drain(index: jax.Array, _: None) -> None:
-            slot = lax.rem(index, jnp.int32(problem.config.stages))
-            for full, empty in ((smem.k_full, smem.k_empty), (smem.v_full, smem.v_empty)):
+            for full, empty, slot in (
+                (smem.k_full, smem.k_empty, problem.key_slot(index)),
+                (smem.v_full, smem.v_empty, problem.value_slot(index)),
+            ):
                 plgpu.barrier_wait(full.at[slot])
                 plgpu.barrier_arrive(empty.at[slot])
 
@@ -629,7 +647,9 @@ def _tile_of(problem: _Problem, cta: jax.Array) -> tuple[jax.Array, jax.Array, j
 
 
 @functools.partial(jax.jit, static_argnums=(4,))
-def _run_split(q: jax.Array, k: jax.Array, v: jax.Array, starts: jax.Array, problem: _Problem) -> jax.Array:
+def _run_split(
+    q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, problem: _Problem
+) -> jax.Array:
     shape, config = problem.shape, problem.config
     b, t, kv_heads, group, h = shape.b, shape.t, shape.kv_heads, shape.group, shape.h
     # With one query this moves nothing.
@@ -639,25 +659,41 @@ def _run_split(q: jax.Array, k: jax.Array, v: jax.Array, starts: jax.Array, prob
         "q_full": plgpu.Barrier(num_arrivals=problem.parts),
         "values": problem.sums(ROWS, h),
     }
-    padded = pl.cdiv(problem.rows, 128 // h) * (128 // h)  # two rows of 64 are stored at a time
-    out_type = [jax.ShapeDtypeStruct((b * kv_heads, padded, h), q.dtype)]
-    if config.cluster > 1:
-        parts = b * kv_heads, problem.splits
-        out_type.append(jax.ShapeDtypeStruct((*parts, problem.stored_rows, h), jnp.float32))
-        out_type.append(jax.ShapeDtypeStruct((*parts, 2, ROWS), jnp.float32))
+    joined = jax.ShapeDtypeStruct(
+        (b * kv_heads, pl.cdiv(problem.rows, problem.joined_rows) * problem.joined_rows, h), q.dtype
+    )
+    parts = [
+        jax.ShapeDtypeStruct((b * kv_heads, problem.splits, *each), jnp.float32)
+        for each in ((problem.stored_rows, h), (2, ROWS))
+    ]
+    cluster: dict[str, Any] = {}
+    if config.parts > 1:
         scratch["stats"] = plgpu.SMEM((2, ROWS), jnp.float32)
+    if config.in_cluster:
         scratch["sent"] = plgpu.ClusterBarrier(collective_axes=("part",))
+        cluster = {"cluster": (config.parts,), "cluster_names": ("part",)}
     kernel = problem.kernel(
         _split_kernel,
-        out_type=out_type,
+        "split",
+        out_type=[joined] if config.parts == 1 else [joined, *parts] if config.in_cluster else parts,
         scratch_types=scratch,
-        grid=(b * kv_heads,),
-        grid_names=("head",),
-        cluster=(config.cluster,),
-        cluster_names=("part",),
+        grid=(b * kv_heads,) if config.in_cluster else (config.parts, b * kv_heads),
+        grid_names=("head",) if config.in_cluster else ("part", "head"),
         num_threads=2,
+        **cluster,
     )
-    out = kernel(rows, k, v, starts)[0][:, : problem.rows]
+    out = kernel(rows, k, v, positions)
+    if config.second_launch:
+        join = problem.kernel(
+            _join_kernel,
+            "join",
+            out_type=joined,
+            grid=(joined.shape[1] // problem.joined_rows, b * kv_heads),
+            grid_names=("turn", "head"),
+            num_threads=1,
+        )
+        out = [join(*out, positions)]
+    out = out[0][:, : problem.rows]
     return out.reshape(b, kv_heads, t, group, h).transpose(0, 2, 1, 3, 4).reshape(q.shape)
 
 
@@ -666,25 +702,24 @@ def _split_kernel(
     q_gmem: _Ref,
     k_gmem: _Ref,
     v_gmem: _Ref,
-    starts_gmem: _Ref,
-    out_gmem: _Ref,
-    *parts: _Ref,
+    positions_gmem: _Ref,
+    *outs: _Ref,
     **scratch: _Ref,
 ) -> None:
     smem, shape, plan = types.SimpleNamespace(**scratch), problem.shape, problem.plan
-    cluster, per_split = jnp.int32(problem.config.cluster), jnp.int32(plan.blocks_per_split)
+    parts, per_split = jnp.int32(problem.config.parts), jnp.int32(plan.blocks_per_split)
     index, part, wg = lax.axis_index("head"), lax.axis_index("part"), lax.axis_index("wg")
     row, kv_head = lax.div(index, jnp.int32(shape.kv_heads)), lax.rem(index, jnp.int32(shape.kv_heads))
-    start = starts_gmem[row]
+    start = positions_gmem[row, 0]
     q_smem, q_plain = problem.names(smem.q)
-    blocks = lax.div(start + (shape.t - 1), jnp.int32(plan.block)) + 1
-    splits = lax.div(blocks + per_split - 1, per_split)
-    mine = lax.div(splits - part + cluster - 1, cluster)  # part, part + cluster, ...
-    short = jnp.where(lax.rem(splits - 1, cluster) == part, splits * per_split - blocks, 0)
+    blocks, splits = _extent(problem, start)
+    mine = lax.div(splits - part + parts - 1, parts)  # part, part + parts, ...
+    short = jnp.where(lax.rem(splits - 1, parts) == part, splits * per_split - blocks, 0)
     count = mine * per_split - short
+    sums = [out.at[index] for out in outs[-2:]]
 
     def split_at(i: jax.Array) -> jax.Array:
-        return part + lax.div(i, per_split) * cluster
+        return part + lax.div(i, per_split) * parts
 
     def block_at(i: jax.Array) -> jax.Array:
         return split_at(i) * per_split + lax.rem(i, per_split)
@@ -699,13 +734,13 @@ def _split_kernel(
 
     @pl.when(wg == 0)
     def _() -> None:
-        alone = problem.config.cluster == 1
+        alone = problem.config.parts == 1
         if alone:
             zeros = jnp.zeros((ROWS, shape.h), jnp.float32)
             smem.values[...] = plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
             end_split = _join_in_shared(problem, smem.values)
         else:
-            end_split = _send(problem, smem, [p.at[index] for p in parts], split_at)
+            end_split = _send(problem, smem, sums, split_at)
         plgpu.barrier_wait(smem.q_full)
 
         def walk() -> _Partial:
@@ -716,14 +751,38 @@ def _split_kernel(
         if alone:
             joined = walk()
             out = _normalise(joined, plgpu.load(smem.values, layout=plgpu.Layout.WGMMA), problem.dtype)
-            _store(problem, out, (q_smem, q_plain), out_gmem.at[index], problem.rows)
+            _store(problem, out, (q_smem, q_plain), outs[0].at[index], problem.rows)
             return
         pl.when(count > 0)(lambda: (walk(), None)[1])
         plgpu.wait_smem_to_gmem(0)
+        if problem.config.second_launch:
+            return
         _arrive_in_cluster(smem.sent)
         plgpu.barrier_wait(smem.sent)
         _fence()
-        _join_rows(problem, [p.at[index] for p in parts], splits, out_gmem.at[index])
+        height = problem.joined_rows
+        turns = lax.div(pl.cdiv(problem.rows, height) - part + (parts - 1), parts)
+
+        def turn(i: jax.Array, _: None) -> None:
+            _join_rows(problem, sums, splits, outs[0].at[index], (part + i * parts) * height)
+
+        lax.fori_loop(0, turns, turn, None)
+
+
+def _join_kernel(
+    problem: _Problem, values_gmem: _Ref, stats_gmem: _Ref, positions_gmem: _Ref, out_gmem: _Ref
+) -> None:
+    index, first = lax.axis_index("head"), lax.axis_index("turn") * problem.joined_rows
+    start = positions_gmem[lax.div(index, jnp.int32(problem.shape.kv_heads)), 0]
+    sums = [values_gmem.at[index], stats_gmem.at[index]]
+    _join_rows(problem, sums, _extent(problem, start)[1], out_gmem.at[index], first)
+
+
+def _extent(problem: _Problem, start: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Blocks and splits that the queries from position `start` on see."""
+    blocks = lax.div(start + (problem.shape.t - 1), jnp.int32(problem.plan.block)) + 1
+    per_split = jnp.int32(problem.plan.blocks_per_split)
+    return blocks, lax.div(blocks + per_split - 1, per_split)
 
 
 def _send(
@@ -732,7 +791,7 @@ def _send(
     parts: list[_Ref],
     split_at: Callable[[jax.Array], jax.Array],
 ) -> Callable[[jax.Array, _Softmax, jax.Array, _Partial], _Partial]:
-    """`end_split` of a CTA in a cluster: a split's values, and maximum and total, go to global memory."""
+    """`end_split` of one CTA of several: a split's values, and maximum and total, go to global memory."""
 
     def end_split(last: jax.Array, softmax: _Softmax, values: jax.Array, joined: _Partial) -> _Partial:
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -748,51 +807,44 @@ def _send(
     return end_split
 
 
-def _join_rows(problem: _Problem, parts: list[_Ref], splits: jax.Array, out: _Ref) -> None:
-    """Joins all splits of this CTA's rows in ascending order and stores the rows. 128 numbers go at a time."""
-    h, cluster = problem.shape.h, problem.config.cluster
-    height = 128 // h
+def _join_rows(problem: _Problem, sums: list[_Ref], splits: jax.Array, out: _Ref, first: jax.Array) -> None:
+    """Joins all splits of the `joined_rows` rows from `first` on in ascending order, and stores the rows."""
+    h, height = problem.shape.h, problem.joined_rows
     layout = plgpu.Layout.WG_STRIDED((height, h), vec_size=1)
-    values_gmem, stats_gmem = parts
+    values_gmem, stats_gmem = sums
     product = _Product(problem.interpret, layout)
+    together = min(_BATCH, problem.splits)
 
     def full(value: Any) -> jax.Array:
         return plgpu.layout_cast(jnp.full((height, h), value, jnp.float32), layout)
 
-    def rows(first: jax.Array, _: None) -> None:
-        def load(split: jax.Array) -> tuple[_Partial, jax.Array]:
-            """A split, or for one that is not there what changes nothing."""
-            there = split < splits
-            at = jnp.minimum(split, splits - 1)
-            values = plgpu.load(values_gmem.at[at, pl.ds(first, height)], layout=layout, optimized=False)
+    def load(split: jax.Array) -> tuple[_Partial, jax.Array]:
+        """A split, or for one that is not there what changes nothing."""
+        there = split < splits
+        at = jnp.minimum(split, splits - 1)
+        values = plgpu.load(values_gmem.at[at, pl.ds(first, height)], layout=layout, optimized=False)
 
-            def stat(which: int, missing: float) -> jax.Array:
-                value = full(stats_gmem[at, which, first])
-                if height == 2:
-                    index = plgpu.broadcasted_iota(jnp.int32, (height, h), 0, layout=layout)
-                    value = jnp.where(index == 0, value, full(stats_gmem[at, which, first + 1]))
-                return _choose(there, value, full(missing))
+        def stat(which: int, missing: float) -> jax.Array:
+            value = full(stats_gmem[at, which, first])
+            index = plgpu.broadcasted_iota(jnp.int32, (height, h), 0, layout=layout)
+            for i in range(1, height):
+                value = jnp.where(index >= i, full(stats_gmem[at, which, first + i]), value)
+            return _choose(there, value, full(missing))
 
-            return _Partial(stat(0, _NEG_INF), stat(1, 0.0)), _choose(there, values, full(0.0))
+        return _Partial(stat(0, _NEG_INF), stat(1, 0.0)), _choose(there, values, full(0.0))
 
-        def batch(i: jax.Array, carry: tuple[_Partial, jax.Array]) -> tuple[_Partial, jax.Array]:
-            joined, values = carry
-            loaded = [
-                load(i * _BATCH + j) for j in range(_BATCH)
-            ]  # all at once: each takes the L2 cache's latency
-            for part, part_values in loaded:
-                joined, values = _merge(joined, part, values, part_values, product)
-            return joined, values
+    def batch(i: jax.Array, carry: tuple[_Partial, jax.Array]) -> tuple[_Partial, jax.Array]:
+        joined, values = carry
+        # All at once: each takes the L2 cache's latency.
+        loaded = [load(i * together + j) for j in range(together)]
+        for part, part_values in loaded:
+            joined, values = _merge(joined, part, values, part_values, product)
+        return joined, values
 
-        empty = _Partial(full(_NEG_INF), full(0.0)), full(0.0)
-        batches = lax.div(splits + (_BATCH - 1), jnp.int32(_BATCH))
-        joined, values = lax.fori_loop(0, batches, batch, empty)
-        out.at[pl.ds(first, height)][...] = _normalise(joined, values, problem.dtype)
-
-    groups = pl.cdiv(problem.rows, height)
-    part = lax.axis_index("part")
-    turns = lax.div(groups - part + (cluster - 1), jnp.int32(cluster))
-    lax.fori_loop(0, turns, lambda i, _: rows((part + i * cluster) * height, None), None)
+    empty = _Partial(full(_NEG_INF), full(0.0)), full(0.0)
+    batches = lax.div(splits + (together - 1), jnp.int32(together))
+    joined, values = lax.fori_loop(0, batches, batch, empty)
+    out.at[pl.ds(first, height)][...] = _normalise(joined, values, problem.dtype)
 
 
 def _arrive_in_cluster(barrier: _Ref) -> None:
@@ -819,12 +871,12 @@ def _tiled(itemsize: int) -> tuple[Any, Any]:
 
 
 def _check_operands(
-    q: jax.Array, k: jax.Array, v: jax.Array, starts: jax.Array, plan: AttentionPlan, scale: float
+    q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, plan: AttentionPlan, scale: float
 ) -> AttentionShape:
     (b, t, n, h), (s, kv_heads) = q.shape, k.shape[1:3]
-    if k.shape != (b, s, kv_heads, h) or v.shape != k.shape or starts.shape != (b,) or n % kv_heads:
+    if k.shape != (b, s, kv_heads, h) or v.shape != k.shape or positions.shape != (b, t) or n % kv_heads:
         raise ValueError(
-            f"q {q.shape}, k {k.shape}, v {v.shape} and starts {starts.shape} do not fit together"
+            f"q {q.shape}, k {k.shape}, v {v.shape} and positions {positions.shape} do not fit together"
         )
     if not q.dtype == k.dtype == v.dtype or q.dtype not in (jnp.bfloat16, jnp.float16):
         raise ValueError(

@@ -81,9 +81,22 @@ def _run(
         ),  # no thread reads what another writes
         interpret=rows.interpreted(problem.interpret) or False,
     )
+    k_cache, v_cache = _apart(k_cache, v_cache)
     k_ref, v_ref = jax.new_ref(k_cache), jax.new_ref(v_cache)
     [q] = kernel(qkv, q_scale, k_scale, cos, sin, positions, lengths, k_ref, v_ref)
-    return q.reshape(b, t, kv_heads * (group - 2), h), jax.freeze(k_ref), jax.freeze(v_ref)
+    k_cache, v_cache = _apart(jax.freeze(k_ref), jax.freeze(v_ref))
+    return q.reshape(b, t, kv_heads * (group - 2), h), k_cache, v_cache
+
+
+def _apart(k_cache: jax.Array, v_cache: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The caches, where XLA can fuse no slice of something larger into the kernel.
+
+    In a loop over layers or ranks a cache is a slice of a stack, and goes back into another one. XLA's dynamic slice
+    fusion hands a kernel the places in both stacks, and forgets that they must be one: what the kernel writes to the
+    first is then missing in the second. The barrier moves nothing.
+    """
+    k_cache, v_cache = lax.optimization_barrier((k_cache, v_cache))
+    return k_cache, v_cache
 
 
 def _kernel(

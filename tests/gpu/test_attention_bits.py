@@ -62,19 +62,21 @@ def test_prefill_chunks_and_decode_have_the_same_bits(hopper, make, dtype, kv_he
 @pytest.mark.gpu
 def test_every_variant_has_the_same_bits(hopper):
     q, k, v = operands(wide, jnp.bfloat16, 2, 4, 128)
-    start = jnp.asarray([LENGTH - 2], jnp.int32)
+    where = at([LENGTH - 2], 2)
     outs = [
-        attention_mosaic_gpu(q[:, -2:], k, v, start, plan=AttentionPlan(), scale=0.1, config=config)
+        attention_mosaic_gpu(q[:, -2:], k, v, where, plan=AttentionPlan(), scale=0.1, config=config)
         for config in (
             AttentionConfig(variant="tiles"),
-            *(AttentionConfig(variant="split", cluster=c) for c in (1, 2, 4, 8)),
+            *(AttentionConfig(variant="split", parts=parts) for parts in (1, 2, 4, 8)),
+            AttentionConfig(variant="split", parts=2, value_stages=3),
+            AttentionConfig(variant="split", parts=3, second_launch=True),
         )
     ]
     for out in outs[1:]:
         assert_same_bits(out, outs[0])
     # twin: another plan is another order
     plan = AttentionPlan(blocks_per_split=2)
-    assert differing(attention_mosaic_gpu(q[:, -2:], k, v, start, plan=plan, scale=0.1), outs[0])
+    assert differing(attention_mosaic_gpu(q[:, -2:], k, v, where, plan=plan, scale=0.1), outs[0])
 
 
 @pytest.mark.gpu

@@ -121,3 +121,30 @@ def test_a_donated_cache_stays_where_it_is():
     op = jax.jit(functools.partial(qk_norm_rope, eps=EPS, backend="mosaic_gpu"), donate_argnums=(7, 8))
     after = op(qkv, scale, scale, *tables, positions, lengths, *caches)[1:]
     assert [cache.unsafe_buffer_pointer() for cache in after] == before
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("constant", [False, True])
+def test_caches_that_are_slices_of_a_stack(layers, constant):
+    """In a loop over layers XLA may fuse slices into a kernel, and so part what it reads from what it returns."""
+    b, t, kv_heads, h, capacity = 2, 5, 8, 64, 32
+    rng = np.random.default_rng(layers)
+    qkv = jnp.asarray(normal(rng, (layers, b, t, kv_heads, 4, h), BF16))
+    scale = jnp.ones(h, BF16)
+    tables = [jnp.asarray(table) for table in rope_tables(capacity, h, 1e6)]
+    positions = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32), (b, t))
+    lengths = jnp.full(b, t, jnp.int32)
+    stacks = [jnp.zeros((layers, b, capacity, kv_heads, h), BF16) for _ in range(2)]
+    op = functools.partial(qk_norm_rope, eps=EPS, backend="mosaic_gpu")
+
+    def run(qkv, *caches):
+        def layer(each):
+            return op(each[0], scale, scale, *tables, positions, lengths, *each[1:])
+
+        return jax.lax.map(layer, (qkv, *(caches or stacks)))
+
+    outs = jax.jit(run)(qkv, *([] if constant else stacks))
+    for i in range(layers):
+        alone = op(qkv[i], scale, scale, *tables, positions, lengths, *(stack[i] for stack in stacks))
+        assert_same_bits(tuple(out[i] for out in outs), alone)

@@ -38,8 +38,12 @@ def operands(b, t, s, kv_heads, group, h, dtype=BF16):
 
 def interpreted(q, k, v, starts, config, plan=PLAN):
     scale = q.shape[3] ** -0.5
-    starts = jnp.asarray(starts, jnp.int32)
-    return attention_mosaic_gpu(q, k, v, starts, plan=plan, scale=scale, config=config, interpret=True)
+    positions = at(starts, q.shape[1])
+    return attention_mosaic_gpu(q, k, v, positions, plan=plan, scale=scale, config=config, interpret=True)
+
+
+def at(starts, count):
+    return jnp.asarray(starts, jnp.int32)[:, None] + jnp.arange(count, dtype=jnp.int32)
 
 
 def exact(q, k, v, starts):
@@ -54,7 +58,7 @@ def exact(q, k, v, starts):
 
 
 def assert_close(out, q, k, v, starts):
-    positions = jnp.asarray(starts, jnp.int32)[:, None] + jnp.arange(q.shape[1], dtype=jnp.int32)
+    positions = at(starts, q.shape[1])
     k_whole, v_whole = (jnp.pad(a, ((0, 0), (0, -a.shape[1] % 128), (0, 0), (0, 0))) for a in (k, v))
     scale = q.shape[3] ** -0.5
     plain = jax.jit(functools.partial(attention_reference, plan=PLAN, scale=scale))(
@@ -77,15 +81,27 @@ def assert_close(out, q, k, v, starts):
         (
             (1, 3, 392, 1, 3, 64),
             [380],
-            AttentionConfig(variant="split", cluster=2),
+            AttentionConfig(variant="split", parts=2, stages=3, value_stages=4),
             BF16,
         ),  # an odd number of rows
         (
             (1, 1, 520, 1, 5, 128),
             [130],
-            AttentionConfig(variant="split", cluster=4),
+            AttentionConfig(variant="split", parts=4, value_stages=3),
             F16,
         ),  # CTAs without a split
+        (
+            (1, 1, 392, 1, 5, 128),
+            [390],
+            AttentionConfig(variant="split", parts=2),
+            BF16,
+        ),  # two rows at a time
+        (
+            (2, 1, 520, 1, 3, 64),
+            [130, 519],
+            AttentionConfig(variant="split", parts=3, second_launch=True),
+            BF16,
+        ),
     ],
 )
 def test_it_is_attention(shape, starts, config, dtype):
@@ -96,7 +112,7 @@ def test_it_is_attention(shape, starts, config, dtype):
 def test_splits_of_several_blocks():
     q, k, v = operands(1, 1, 648, 1, 2, 64)
     plan = AttentionPlan(block=128, blocks_per_split=2)
-    out = interpreted(q, k, v, [640], AttentionConfig(variant="split", cluster=2), plan)
+    out = interpreted(q, k, v, [640], AttentionConfig(variant="split", parts=2), plan)
     assert_close(out, q, k, v, [640])
 
 
@@ -117,12 +133,20 @@ def choice(b, t, s, kv_heads=8, group=4):
 
 
 def test_few_queries_share_out_the_splits_and_many_do_not():
-    assert choice(1, 1, 4096) == AttentionConfig(variant="split", cluster=8)
-    assert choice(1, 1, 1024).cluster == 2  # no more CTAs than splits
-    assert choice(8, 1, 4096).cluster == 2
-    assert choice(32, 1, 4096).cluster == 1
+    assert choice(1, 1, 4096) == AttentionConfig(variant="split", parts=8, value_stages=3)
+    assert choice(1, 1, 1024).parts == 2  # no more CTAs than splits
+    assert choice(8, 1, 4096).parts == 2
+    assert choice(32, 1, 4096).parts == 1
     assert choice(1, 16, 4096).variant == "split"
     assert choice(1, 17, 4096).variant == "tiles"
+
+
+def test_a_second_launch_fills_the_gpu_where_clusters_do_not():
+    long = AttentionConfig(variant="split", parts=16, second_launch=True, value_stages=3)
+    assert choice(1, 1, 32768) == long
+    assert choice(3, 1, 32768).parts == 5
+    assert not choice(1, 1, 8192).second_launch  # too little to gain
+    assert not choice(8, 1, 32768).second_launch
 
 
 def test_what_runs_side_by_side_fits_the_cache():
@@ -179,7 +203,7 @@ def test_it_refuses_what_it_does_not_cover(change, message):
             q,
             k,
             v,
-            jnp.zeros(1, jnp.int32),
+            at([0], case["t"]),
             plan=case["plan"],
             scale=case["scale"],
             config=case["config"],
@@ -191,9 +215,11 @@ def test_it_refuses_what_it_does_not_cover(change, message):
     ("fields", "message"),
     [
         ({"variant": "other"}, "variant='other'"),
-        ({"variant": "split", "cluster": 3}, "cluster=3"),
-        ({"variant": "tiles", "cluster": 2}, "cluster=2 must be 1"),
-        ({"variant": "tiles", "stages": 1}, "stages=1 must be at least 2"),
+        ({"variant": "split", "parts": 3}, "parts=3"),
+        ({"variant": "split", "parts": 1, "second_launch": True}, "2 to 132 with second_launch"),
+        ({"variant": "split", "value_stages": 1}, "value_stages=1 must be at least 2"),
+        ({"variant": "tiles", "parts": 2}, "parts=2 must be 1"),
+        ({"variant": "tiles", "stages": 1}, "stages=1 and value_stages=2 must be at least 2"),
         ({"variant": "tiles", "kv_group": 0}, "kv_group=0 at least 1"),
     ],
 )

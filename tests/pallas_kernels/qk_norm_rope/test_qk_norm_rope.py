@@ -102,6 +102,10 @@ def test_the_lowered_kernel_writes_in_place():
         alias = f"output_operand_alias<output_tuple_indices = [{output}], operand_index = {operand},"
         assert text.count(alias) == 1
     assert text.count("tf.aliasing_output") == 2
+    # No slice of a stack of caches can be fused into it.
+    before, after = text.split("@mosaic_gpu_v2")
+    barrier = "stablehlo.optimization_barrier"
+    assert before.count(barrier) == after.count(barrier) == 1
 
 
 @pytest.mark.parametrize(
