@@ -239,46 +239,6 @@ def choose_config(
     return candidate_configs(m, n, k, leaves, transpose_rhs=transpose_rhs)[0]
 
 
-def cut_last_round(
-    config: MosaicConfig, m: int, n: int, k: int, leaves: int, *, transpose_rhs: bool = False
-) -> tuple[int, MosaicConfig] | None:
-    """Whether the columns of the last round of tiles are better multiplied by themselves, in narrower tiles.
-
-    320 tiles on 132 SMs take three rounds, the last of them with 56 tiles. As 112 tiles of half the width these take
-    two thirds of a round. Bits do not depend on it.
-
-    Args:
-        config: of the product, as `choose_config` gives it.
-        m: Rows of x.
-        n: Columns of the product.
-        k: Length of the contraction.
-        leaves: Leaves that k is cut into.
-        transpose_rhs: Whether w is [n, k].
-
-    Returns:
-        The first of these columns and their configuration, or None.
-    """
-    down = -(-m // config.rows)
-    rounds, rest = divmod(down * -(-n // config.tile_n), RESIDENT_CLUSTERS[1])
-    first = rounds * RESIDENT_CLUSTERS[1] // down * config.tile_n
-    if config.cluster > 1 or config.gated or not rounds or not rest or n - first < 64:
-        return None
-    last = candidate_configs(m, n - first, k, leaves, transpose_rhs=transpose_rhs)[0]
-    try:
-        for itemsize in (2, 4):
-            check_config(
-                last, m=m, n=n, k=k, leaves=leaves, transpose_rhs=transpose_rhs, itemsize=itemsize
-            )  # w has all its columns
-    except ValueError:
-        return None
-
-    def seconds(config: MosaicConfig, columns: int) -> float:
-        return _estimate(config, m, columns, k, leaves, transpose_rhs)
-
-    parts = seconds(config, first) + seconds(last, n - first)
-    return (first, last) if parts < _CUT_GAIN * seconds(config, n) else None
-
-
 def gate_config(config: MosaicConfig) -> MosaicConfig:
     """The configuration for the gated product with the same weights as `config`'s product."""
     return dataclasses.replace(config, gated=True, tile_n=max(32, config.tile_n // 32 * 32))
@@ -391,7 +351,6 @@ def _groups(part: int, width: int, few: bool) -> list[int]:
 
 #: Accumulators that a group of leaves takes: one that is being added to, and one for each level at which one waits.
 _ACCUMULATORS = {1: 1, 2: 2, 4: 3, 8: 4}
-_CUT_GAIN = 0.95  # of the time that is left where the last round is cut off; a second launch must be worth it
 _HERTZ, _BANDWIDTH = 1.75e9, 4.1e12  # of an H200 at work
 
 

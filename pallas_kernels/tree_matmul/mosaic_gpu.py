@@ -40,7 +40,6 @@ from .config import (
     candidate_configs,
     check_config,
     choose_config,
-    cut_last_round,
     gate_config,
 )
 from .operands import check_operands
@@ -93,11 +92,7 @@ def tree_matmul_mosaic_gpu(
             f"the gated product of {x.dtype} has {n // 2} columns in {jnp.dtype(out_dtype)}; "
             f"it needs a multiple of 16 columns and out_dtype={x.dtype}"
         )
-    shape = (m, n, k, leaves)
-    last = None
-    if config is None:
-        config = choose_config(*shape, transpose_rhs=transpose_rhs)
-        last = None if gated or interpret else cut_last_round(config, *shape, transpose_rhs=transpose_rhs)
+    config = config or choose_config(m, n, k, leaves, transpose_rhs=transpose_rhs)
     config = gate_config(config) if gated else config
     problem = _Problem(
         m=m,
@@ -109,8 +104,6 @@ def tree_matmul_mosaic_gpu(
         transpose_rhs=transpose_rhs,
         config=config,
         interpret=interpret,
-        first=0,
-        count=n // 2 if gated else n,
     )
     check_config(
         config, m=m, n=n, k=k, leaves=leaves, transpose_rhs=transpose_rhs, itemsize=problem.out_dtype.itemsize
@@ -120,26 +113,8 @@ def tree_matmul_mosaic_gpu(
             f"the interpreter cannot run a cluster of 8 over {problem.tiles} tiles (see _interpreted_clusters); use a "
             "smaller split or one tile"
         )
-    if last is None:
-        return _run(x, w, problem, _clusters(problem))
-    return multiply_in_parts(x, w, problem, *last)
-
-
-def multiply_in_parts(
-    x: jax.Array, w: jax.Array, problem: "_Problem", first: int, last: MosaicConfig
-) -> jax.Array:
-    """The product whose columns from `first` on, behind whole tiles, are multiplied with the configuration `last`."""
-    begin = dataclasses.replace(problem, count=first)
-    end = dataclasses.replace(problem, config=last, first=first, count=problem.n - first)
-    # The first kernel leaves the other columns as they were, and they are written in place.
-    out, rest = (_run(x, w, part, _clusters(part)) for part in (begin, end))
-    return lax.dynamic_update_slice(out, rest, (0, first))
-
-
-def _clusters(problem: "_Problem") -> int:
-    config = problem.config
-    resident = _interpreted_clusters(config) if problem.interpret else _resident_clusters(config.cluster)
-    return min(resident, problem.tiles)
+    resident = _interpreted_clusters(config) if interpret else _resident_clusters(config.cluster)
+    return _run(x, w, problem, min(resident, problem.tiles))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -155,8 +130,6 @@ class _Problem:
     transpose_rhs: bool
     config: MosaicConfig
     interpret: bool
-    first: int  # column of the product that this call begins with
-    count: int  # columns that it makes
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -301,8 +274,7 @@ def _names(ref: _Ref, count: int) -> tuple[_Ref, ...]:
 def _run(x: jax.Array, w: jax.Array, problem: _Problem, clusters: int) -> jax.Array:
     """The product from `clusters` clusters of CTAs."""
     config = problem.config
-    columns = problem.count if problem.first else problem.columns
-    out_type = [jax.ShapeDtypeStruct((problem.m, columns), problem.out_dtype)]
+    out_type = [jax.ShapeDtypeStruct((problem.m, problem.columns), problem.out_dtype)]
     in_global = config.global_blocks(problem.leaves)
     if in_global:
         lines = (config.block // _LINE, config.tile_m, _LINE)
@@ -409,7 +381,7 @@ def _produce(problem: _Problem, x_gmem: _Ref, w_gmem: _Ref, smem: types.SimpleNa
         plgpu.copy_gmem_to_smem(src, dst, smem.full.at[slot])
 
     def copy_w(slot: jax.Array, box: int, k: jax.Array, row: jax.Array, column: jax.Array) -> None:
-        ks, columns = pl.ds(k, config.tile_k), pl.ds(problem.first + column, config.half)
+        ks, columns = pl.ds(k, config.tile_k), pl.ds(column, config.half)
         dst = _names(smem.w, len(problem.w_ring.names()))[-1].at[slot, box]
         axes = "pair" if config.multicast > 1 else None
         copy = functools.partial(plgpu.copy_gmem_to_smem, barrier=smem.full.at[slot], collective_axes=axes)

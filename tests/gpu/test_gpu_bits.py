@@ -16,8 +16,6 @@ import tbik_jax
 from tbik_jax import SamplingParams, generate, make_mesh, synthetic, tree_matmul
 from tbik_jax.pallas_kernels import tree_join
 from tbik_jax.pallas_kernels.common.backend import device_backend
-from tbik_jax.pallas_kernels.tree_matmul.config import choose_config as choose_mosaic
-from tbik_jax.pallas_kernels.tree_matmul.config import cut_last_round
 from tbik_jax.pallas_kernels.tree_matmul.mosaic_gpu import MosaicConfig, tree_matmul_mosaic_gpu
 from tbik_jax.pallas_kernels.tree_matmul.triton import TritonConfig, choose_config, tree_matmul_triton
 from tests.helpers import assert_same_bits, cancelling, differing, normal, wide
@@ -97,23 +95,6 @@ def test_many_tiles_a_cta_and_little_depth(hopper, tile_n, leaves):
         expected = product(x, w, out_dtype=out_dtype, config=reference)
         for _ in range(3):  # a race need not show at once
             assert_same_bits(product(x, w, out_dtype=out_dtype, config=config), expected)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize(
-    ("m", "n", "k", "leaves", "transpose_rhs"), [(1024, 5120, 8192, 8, False), (1024, 5120, 5120, 1, True)]
-)
-@pytest.mark.parametrize("out_dtype", [jnp.float32, jnp.bfloat16])
-def test_the_last_columns_by_themselves(hopper, m, n, k, leaves, transpose_rhs, out_dtype):
-    config = choose_mosaic(m, n, k, leaves, transpose_rhs=transpose_rhs)
-    assert cut_last_round(config, m, n, k, leaves, transpose_rhs=transpose_rhs) is not None
-    rng = np.random.default_rng(m)
-    x, w = jnp.asarray(wide(rng, (m, k), jnp.bfloat16)), jnp.asarray(normal(rng, (k, n), jnp.bfloat16))
-    w = w.T if transpose_rhs else w
-    product = functools.partial(
-        tree_matmul_mosaic_gpu, leaves=leaves, transpose_rhs=transpose_rhs, out_dtype=out_dtype
-    )
-    assert_same_bits(product(x, w), product(x, w, config=config))
 
 
 @pytest.mark.gpu

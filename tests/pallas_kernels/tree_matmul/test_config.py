@@ -1,7 +1,5 @@
 """Which configuration of the Hopper kernel runs: a plan made from numbers, so nothing here needs a GPU."""
 
-import dataclasses
-
 import jax
 import pytest
 from hypothesis import given, settings
@@ -14,7 +12,6 @@ from tbik_jax.pallas_kernels.tree_matmul.config import (
     candidate_configs,
     check_config,
     choose_config,
-    cut_last_round,
     tiles_evenly,
 )
 
@@ -190,25 +187,3 @@ def test_with_stages_takes_as_many_as_fit():
     assert filled.smem_bytes(4096, 8) <= SMEM_BYTES < filled.smem_bytes(4096, 8) + filled.stage_bytes(4096)
     assert config(tile_n=16, tile_k=16).with_stages(1, 1).stages == 12
     assert config(tile_n=16, tile_k=16).with_stages(1, 1, most=7).stages == 7
-
-
-@slowly
-@given(shape=shapes)
-def test_a_last_round_that_is_cut_off_begins_behind_whole_tiles_and_can_run(shape):
-    m, n, k, leaves, transpose_rhs = shape
-    config = choice(shape, H200)
-    cut = cut_last_round(config, m, n, k, leaves, transpose_rhs=transpose_rhs)
-    if cut is not None:
-        first, last = cut
-        assert 0 < first < n and first % config.tile_n == 0
-        check(last, shape)
-
-
-def test_the_last_round_is_cut_off_where_it_is_short():
-    """320 tiles on 132 SMs are two rounds and a bit; 256 are almost two."""
-    wide = MosaicConfig(consumers=2, tile_n=128, tile_k=64, stages=5, group=4, shared=2)
-    first, last = cut_last_round(wide, 1024, 5120, 25600, 8)
-    assert first == 33 * 128 and last.tile_n == 64
-    assert cut_last_round(wide, 1024, 4096, 25600, 8) is None
-    assert cut_last_round(wide, 8192, 5120, 25600, 8) is None  # nineteen rounds
-    assert cut_last_round(dataclasses.replace(wide, multicast=2), 1024, 5120, 25600, 8) is None

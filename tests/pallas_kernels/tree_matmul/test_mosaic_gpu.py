@@ -382,36 +382,3 @@ def test_a_gated_product_that_is_not_covered(n, leaves, transpose_rhs, out_dtype
     config = small(tile_n=32)
     with pytest.raises(ValueError, match=message):
         interpreted(x, w, leaves, out_dtype, transpose_rhs=transpose_rhs, gated=True, config=config)
-
-
-@pytest.mark.parametrize(
-    ("n", "leaves", "transpose_rhs", "first", "config", "last"),
-    [
-        (80, 2, False, 32, small(tile_n=32, tile_k=32, group=2, overlap=False), small(tile_n=16, group=2)),
-        (112, 1, True, 64, small(tile_n=64), small(tile_n=32)),
-    ],
-)
-def test_the_last_columns_by_themselves(n, leaves, transpose_rhs, first, config, last):
-    x, w = operands_with_exact_leaves(70, n, 64 * leaves, leaves, transpose_rhs=transpose_rhs)
-    problem = mosaic_gpu._Problem(
-        m=70,
-        n=n,
-        k=64 * leaves,
-        leaves=leaves,
-        dtype=x.dtype,
-        out_dtype=jnp.dtype(F32),
-        transpose_rhs=transpose_rhs,
-        config=config,
-        interpret=True,
-        first=0,
-        count=n,
-    )
-    last = dataclasses.replace(last, overlap=False)
-    parts = mosaic_gpu.multiply_in_parts(x, w, problem, first, last)
-    whole = interpreted(x, w, leaves, transpose_rhs=transpose_rhs, config=config)
-    assert_same_bits(parts, whole)
-    # twin: the columns of another place
-    wrong = mosaic_gpu.multiply_in_parts(
-        x, jnp.roll(w, 16, axis=0 if transpose_rhs else 1), problem, first, last
-    )
-    assert differing(wrong, whole) > 0
