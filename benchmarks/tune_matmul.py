@@ -158,8 +158,10 @@ def candidates(layer: Layer, m: int) -> tuple[MosaicConfig, ...]:
 
 
 def config_name(config: MosaicConfig) -> str:
-    """A configuration as text that tells it from others."""
-    return json.dumps(dataclasses.asdict(config))
+    """A configuration as text that tells it from others; what is tuned here is never gated."""
+    fields = dataclasses.asdict(config)
+    del fields["gated"]
+    return json.dumps(fields)
 
 
 def _compile(
@@ -264,7 +266,7 @@ class Log:
         self.points: dict[tuple[Any, ...], Point] = {}
         self.data: dict[str, Any] = {
             "environment": environment() | {"kernel": kernel_digest()},
-            "fields": [field.name for field in dataclasses.fields(MosaicConfig)],
+            "fields": [field.name for field in dataclasses.fields(MosaicConfig) if field.name != "gated"],
             "failures": [],
         }
         for file in earlier:

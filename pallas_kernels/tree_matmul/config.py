@@ -239,9 +239,10 @@ def choose_config(
     return candidate_configs(m, n, k, leaves, transpose_rhs=transpose_rhs)[0]
 
 
-def gate_config(config: MosaicConfig) -> MosaicConfig:
-    """The configuration for the gated product with the same weights as `config`'s product."""
-    return dataclasses.replace(config, gated=True, tile_n=max(32, config.tile_n // 32 * 32))
+def gate_config(config: MosaicConfig, m: int) -> MosaicConfig:
+    """The configuration for the gated product of m rows with the same weights as `config`'s product."""
+    gated = dataclasses.replace(config, gated=True, tile_n=max(32, config.tile_n // 32 * 32))
+    return gated.with_stages(m, 1, most=config.stages)  # a wider tile may leave room for fewer
 
 
 def fits(config: MosaicConfig, m: int, leaves: int) -> bool:

@@ -93,7 +93,7 @@ def tree_matmul_mosaic_gpu(
             f"it needs a multiple of 16 columns and out_dtype={x.dtype}"
         )
     config = config or choose_config(m, n, k, leaves, transpose_rhs=transpose_rhs)
-    config = gate_config(config) if gated else config
+    config = gate_config(config, m) if gated else config
     problem = _Problem(
         m=m,
         n=n,

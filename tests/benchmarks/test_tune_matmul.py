@@ -94,6 +94,6 @@ def test_a_configuration_with_other_bits_is_thrown_out_however_fast(monkeypatch,
     found = tune(Task(layer=layer, m=3, dry=True, skip=("{}",)))
     assert list(found["thrown_out"]) == [config_name(wrong)]
     assert found["failed"] == {config_name(broken): "ValueError: does not fit", "{}": "ended its worker"}
-    assert found["best"] == found["default"] == dataclasses.asdict(good)
+    assert found["best"] == found["default"] == json.loads(config_name(good))
     assert found["gain"] == 1.0
     assert json.loads(json.dumps(found)) == found

@@ -1,5 +1,7 @@
 """Which configuration of the Hopper kernel runs: a plan made from numbers, so nothing here needs a GPU."""
 
+import dataclasses
+
 import jax
 import pytest
 from hypothesis import given, settings
@@ -12,6 +14,7 @@ from tbik_jax.pallas_kernels.tree_matmul.config import (
     candidate_configs,
     check_config,
     choose_config,
+    gate_config,
     tiles_evenly,
 )
 
@@ -187,3 +190,27 @@ def test_with_stages_takes_as_many_as_fit():
     assert filled.smem_bytes(4096, 8) <= SMEM_BYTES < filled.smem_bytes(4096, 8) + filled.stage_bytes(4096)
     assert config(tile_n=16, tile_k=16).with_stages(1, 1).stages == 12
     assert config(tile_n=16, tile_k=16).with_stages(1, 1, most=7).stages == 7
+
+
+@slowly
+@given(
+    m=st.integers(1, 5000),
+    n=st.integers(1, 400),
+    k=st.integers(1, 300),
+    device=st.sampled_from([H200, UNKNOWN]),
+)
+def test_a_gated_configuration_can_run_for_every_shape(m, n, k, device):
+    shape = (m, 32 * n, 16 * k, 1, True)
+    gated = gate_config(choice(shape, device), m)
+    assert gated.gated
+    check(gated, shape)
+
+
+def test_a_gated_tile_that_grows_gives_stages_up():
+    """As its first form did not: tiles of 16 columns became 32 wide, and no longer fitted."""
+    narrow = MosaicConfig(consumers=1, tile_n=16, tile_k=64, boxes=4, stages=12)
+    narrow = narrow.with_stages(40, 1)
+    gated = gate_config(narrow, 40)
+    assert gated.tile_n == 32 and 2 <= gated.stages < narrow.stages
+    with pytest.raises(ValueError, match="shared memory"):
+        check(dataclasses.replace(gated, stages=narrow.stages), (40, 6144, 1024, 1, True))
