@@ -80,6 +80,8 @@ def main() -> None:
                 if not row["name"].startswith("compile") or "failed" in row:
                     result[kind].append(row)
                 print(json.dumps(row), flush=True)
+                if args.out:  # at every step: a run that is ended from outside keeps what it has
+                    args.out.write_text(json.dumps(result, indent=1) + "\n")
 
     if args.interpret:
         run(tiny_checks(), 1)

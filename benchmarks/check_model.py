@@ -53,9 +53,6 @@ def main(argv: list[str]) -> int:
     check = Check(args)
     check.states()
     check.generate()
-    data = {"environment": environment(), "size": args.size, "layers": args.layers, "checks": check.records}
-    if args.out:
-        args.out.write_text(dump(data))
     failed = [record for record in check.records if not record["ok"]]
     print(f"{'FAILED' if failed else 'ok'}: {len(check.records)} checks, {len(failed)} failed", flush=True)
     return int(bool(failed))
@@ -72,7 +69,9 @@ class Check:
         lengths = [min(n, 90) for n in _LENGTHS] if args.size == "small" else _LENGTHS
         self.prompts = [rng.integers(0, config.vocab_size, n).tolist() for n in lengths]
         self.sampling = [SamplingParams(temperature=0.8 * (i % 2), seed=i) for i in range(len(self.prompts))]
-        self.args, self.records = args, []
+        self.args = args
+        self.records: list[dict[str, Any]] = []
+        self.head = {"environment": environment(), "size": args.size, "layers": args.layers}
         self.end = time.monotonic() + args.limit
 
     def record(self, name: str, test: Callable[[], dict[str, Any]]) -> None:
@@ -84,6 +83,8 @@ class Check:
             found = {"ok": False, "error": f"{type(error).__name__}: {error}"[:800]}
         self.records.append({"name": name, **found, "seconds": round(time.monotonic() - began, 1)})
         print(json.dumps(self.records[-1]), flush=True)
+        if self.args.out:  # at every step: a run that is ended from outside keeps what it has
+            self.args.out.write_text(dump(self.head | {"checks": self.records}))
 
     def states(self) -> None:
         """Hidden states and logits of both numerics."""
