@@ -197,7 +197,7 @@ class Steps:
         scan_layers: bool,
     ):
         self._graphdef, self._treedef, self._specs = graphdef, treedef, specs
-        self._config, self._dtype, self.mesh, self._parallel = config, dtype, mesh, parallel
+        self.config, self._dtype, self.mesh, self._parallel = config, dtype, mesh, parallel
         self.scan_layers = scan_layers
         caches = cache_spec(config, stacked=self.scan_layers)
         rows: Any = P(BATCH_AXES)  # specs stand where arrays will
@@ -237,7 +237,7 @@ class Steps:
 
     def cache_shapes(self, batch: int, capacity: int) -> Cache:
         """Shapes of a cache for `batch` rows (all ranks together) of `capacity` positions; `init_cache` makes it."""
-        return cache_shapes(self._config, batch, capacity, self._dtype, self.mesh, stacked=self.scan_layers)
+        return cache_shapes(self.config, batch, capacity, self._dtype, self.mesh, stacked=self.scan_layers)
 
     def _model(self, parameters: list[jax.Array]) -> tuple[Qwen3, Callable[..., tuple[jax.Array, Cache]]]:
         """The module, and its forward pass."""

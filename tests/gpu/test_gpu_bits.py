@@ -2,7 +2,7 @@
 
 `pytest -m gpu -k triton` is for Ampere and Ada GPUs as well; what needs `mosaic_gpu` to compare with is skipped there.
 
-`benchmarks/check_tree_matmul.py` and `benchmarks/generate_matrix.py` check the same at real sizes and keep the results.
+`benchmarks/check_tree_matmul.py`, `check_model.py` and `matrix.py` check the same at real sizes and keep the results.
 """
 
 import functools
