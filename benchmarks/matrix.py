@@ -4,8 +4,8 @@
 
 Random weights are made once and moved from mesh to mesh. The first 8, 16 and 32 of the same prompts are continued,
 greedy and sampled, with invariant and with plain numerics; `results` counts the distinct outputs of each prompt and the
-largest difference of a token's probability. Programs of a mesh compile beside each other, before any runs. Exits with 1 if
-invariant outputs differ. `--dry` tries it with a tiny model.
+largest difference of a token's probability. Programs of a mesh compile beside each other, before any runs. Exits with
+1 if invariant outputs differ. `--dry` tries it with a tiny model.
 """
 
 import argparse
