@@ -196,7 +196,7 @@ class Decode(_Task):
         return run
 
     def _allocate(self, run: Run) -> None:
-        run.allocate(1)
+        run.allocate()
 
     def _go(self, run: Run, turn: int) -> float:
         return _seconds(lambda: _to(run, (turn + 1) * self._args.steps)) / self._args.steps
@@ -227,7 +227,7 @@ class Prefill(_Task):
         return run
 
     def _allocate(self, run: Run) -> None:
-        run.allocate(self._args.prompt)
+        run.allocate()
 
     def _go(self, run: Run, turn: int) -> float:
         return _seconds(lambda: [self._last(run) for _ in range(self._passes)][-1]) / self._passes

@@ -113,7 +113,7 @@ def _on_mesh(
     runs = {key: start(engines[key[0]], key[1], MODES[key[2]]) for key in keys}
     for name, batch, mode in keys:
         run, width = runs.pop((name, batch, mode))
-        run.allocate(width)
+        run.allocate()
         prepared = time.perf_counter() - began
         began = time.perf_counter()
         if width:

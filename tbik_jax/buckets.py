@@ -8,7 +8,7 @@ Buckets never change a bit: what lies past a prompt's length is padding, which n
 def bucket(value: int, least: int = 16) -> int:
     """The smallest of 2**n and 1.5 * 2**n, from `least` (a power of two) on, that is not below `value`.
 
-    At most a third of it is padding.
+    At most a third of it is padding, from `least` on.
     """
     power = least
     while power < value:
@@ -21,3 +21,11 @@ def bucket(value: int, least: int = 16) -> int:
 def capacity_bucket(positions: int) -> int:
     """Positions of a cache for `positions`: a bucket that is a whole number of attention blocks of 64 or 128 keys."""
     return bucket(positions, 256) if positions > 128 else 128
+
+
+def capacity_that_fits(positions: int) -> int:
+    """The largest capacity that is a bucket and not above `positions`; 0 if none is."""
+    largest = 0
+    while (size := capacity_bucket(largest + 1)) <= positions:
+        largest = size
+    return largest

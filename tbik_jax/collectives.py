@@ -81,6 +81,8 @@ def tree_psum(
     axes = _checked_axes(x, axis_name, "tree_psum")
     ranks = math.prod(lax.axis_size(a) for a in axes)
     out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
+    if out_dtype.name not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"tree_psum rounds to float32, bfloat16 or float16, not to {out_dtype}")
     if transport is None:
         transport = choose_transport(x.size, ranks)
     if transport not in TRANSPORTS:

@@ -101,7 +101,7 @@ def generate(
     run.prepare_decode(bucket(max_new_tokens), arrays, any(choice.filters for choice in choices), eos)
     if starts:
         run.prepare_prefill(chunk)
-    run.allocate(chunk)
+    run.allocate(f"prefill_chunk below {chunk}")
     for start in starts:
         run.prefill(start, chunk)
     return _output(run.decode(max_new_tokens, on_tokens, len(rows)), rows)
@@ -151,7 +151,7 @@ def score(
     starts = range(0, longest - 1, chunk)
     run = Run(engine, batch, capacity_bucket(len(starts) * chunk), params.config)
     run.prepare_score(chunk)
-    run.allocate(chunk)
+    run.allocate(f"chunk below {chunk}")
     parts = [run.score(start, chunk) for start in starts]
     logprobs = np.concatenate([part[0] for part in parts], axis=1)
     finite = np.concatenate([part[1] for part in parts], axis=1)
@@ -163,12 +163,14 @@ def score(
 
 
 def _chunk(asked: int | None, tokens: int, rows: int) -> int:
-    """Tokens of a row that one forward pass takes: what was asked, or what makes `_PASS_TOKENS` with all rows.
+    """Tokens of a row that one forward pass takes: what was asked, or some `_PASS_TOKENS` with all rows.
 
     Not more than the bucket of the longest row.
     """
     if asked is None:
-        asked = max(64, 1 << (_PASS_TOKENS // rows).bit_length() - 1)
+        asked = max(64, _PASS_TOKENS // rows)
+        passes = max(1, -(-tokens // asked))
+        return bucket(max(1, -(-tokens // passes)))  # all passes alike, so that the last is not nearly empty
     return min(asked, bucket(max(1, tokens)))
 
 

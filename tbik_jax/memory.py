@@ -5,6 +5,8 @@ from collections.abc import Iterable
 
 import jax
 
+from .buckets import capacity_that_fits
+
 _GIB = 2**30
 
 
@@ -17,14 +19,14 @@ class Need:
         temporary: what the largest of its programs allocates beside its arguments, as its compiler reports.
         rows: prompts that a device holds at a time, padding included.
         positions: capacity of the cache.
-        chunk: tokens a prompt that one forward pass takes.
+        smaller: what the caller may choose smaller where computing takes too much, such as "a chunk below 64".
     """
 
     cache: int
     temporary: int
     rows: int
     positions: int
-    chunk: int
+    smaller: str | None = None
 
 
 def free_bytes(device: jax.Device) -> int | None:
@@ -68,12 +70,13 @@ def check_call(need: Need, devices: list[jax.Device]) -> None:
 
 def _remedy(need: Need, room: int) -> str:
     found = []
-    if rows := min(need.rows - 1, room * need.rows // (need.cache + need.temporary)):
+    rows = min(need.rows - 1, room * need.rows // (need.cache + need.temporary))
+    if rows > 0:
         found.append(f"at most {rows} prompts a device at a time")
-    positions = (room - need.temporary) * need.positions // max(1, need.cache) // 128 * 128
-    if positions > 0:
+    positions = capacity_that_fits((room - need.temporary) * need.positions // max(1, need.cache))
+    if 0 < positions < need.positions:
         found.append(f"at most {positions} positions (prompt and new tokens)")
-    elif need.chunk > 16:
-        found.append(f"a prefill_chunk below {need.chunk}")
+    elif need.smaller:
+        found.append(f"a {need.smaller}")
     found.append("a mesh with more devices")
     return "use " + ", or ".join(found)

@@ -94,8 +94,11 @@ class Run:
         program.start(*args)
         self._prepared.append((program, args))
 
-    def allocate(self, chunk: int) -> None:
+    def allocate(self, smaller: str | None = None) -> None:
         """Makes the cache.
+
+        Args:
+            smaller: what the caller may choose smaller if computing takes too much, for the message.
 
         Raises:
             ValueError: it does not fit beside what the prepared steps need; the message says what would.
@@ -107,7 +110,7 @@ class Run:
                 temporary=max(program.temporary_bytes(*args) for program, args in self._prepared),
                 rows=self._batch.size // batch_ranks(self._mesh),
                 positions=self._capacity,
-                chunk=chunk,
+                smaller=smaller,
             )
             check_call(need, devices)
         self.cache = init_cache(self._shapes)

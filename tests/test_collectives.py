@@ -461,6 +461,12 @@ def test_a_transport_that_cannot_carry_is_refused() -> None:
         trace({"tp": 8}, lambda x: tree_psum(x, "tp", transport="ring"), X)
 
 
+@pytest.mark.parametrize("dtype", ["int32", "float8_e4m3fn"])
+def test_other_result_types_are_refused(dtype: str) -> None:
+    with pytest.raises(ValueError, match=f"rounds to float32, bfloat16 or float16, not to {dtype}"):
+        trace({"tp": 8}, lambda x: tree_psum(x, "tp", out_dtype=dtype), X)
+
+
 def test_an_unknown_axis_is_an_error() -> None:
     with pytest.raises((NameError, KeyError, ValueError), match="ep"):
         trace({"tp": 8}, lambda x: tree_psum(x, "ep"), jnp.zeros((8, 3)))

@@ -339,6 +339,17 @@ def test_prompts_of_one_bucket_share_their_programs(model):
         Program._compile = original
 
 
+@pytest.mark.parametrize(("rows", "tokens"), [(1, 8193), (32, 257), (8193, 1), (1, 1), (3, 100_000)])
+def test_the_default_chunk_leaves_no_pass_nearly_empty(rows, tokens):
+    from tbik_jax.buckets import bucket
+    from tbik_jax.generation import _chunk
+
+    chunk = _chunk(None, tokens, rows)
+    passes = -(-tokens // chunk)
+    assert chunk == bucket(chunk) and chunk * rows <= max(2 * 8192, 96 * rows)
+    assert chunk * passes < 1.5 * max(tokens, 16) + 16
+
+
 def test_one_seed_for_all_and_one_a_prompt(model):
     same = [PROMPTS[0]] * 3
     hot = SamplingParams(temperature=1.5, seed=5)

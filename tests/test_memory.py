@@ -9,7 +9,7 @@ from tbik_jax import generate, make_mesh, memory, run, score
 from tbik_jax.memory import Need, check_call, check_parameters
 from tests.models_small import prompts, small_model
 
-NEED = Need(cache=6 * 2**30, temporary=2 * 2**30, rows=8, positions=4096, chunk=1024)
+NEED = Need(cache=6 * 2**30, temporary=2 * 2**30, rows=8, positions=4096, smaller="prefill_chunk below 1024")
 
 
 class Device:
@@ -48,8 +48,26 @@ def test_one_byte_too_much_is_refused_with_what_would_fit():
     assert "8 prompts a device with 4096 positions need 6.00 GiB for keys and values and 2.00 GiB" in str(
         caught.value
     )
-    assert "use at most 7 prompts a device at a time, or at most 3968 positions" in str(caught.value)
+    assert "use at most 7 prompts a device at a time, or at most 3072 positions" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_what_the_refusal_advises_fits():
+    """Positions come in buckets: the advice must be one."""
+    room = 7 * 2**30
+    with pytest.raises(ValueError, match="at most 7 prompts a device at a time, or at most 3072 positions"):
+        check_call(NEED, [Device(room)])
+    check_call(dataclasses.replace(NEED, cache=NEED.cache * 3 // 4, positions=3072), [Device(room)])
+    check_call(
+        dataclasses.replace(NEED, cache=NEED.cache * 7 // 8, temporary=NEED.temporary * 7 // 8, rows=7),
+        [Device(room)],
+    )
+
+
+def test_an_overfull_device_advises_nothing_negative():
+    with pytest.raises(ValueError) as caught:
+        check_call(NEED, [Device(-5)])
+    assert "-" not in str(caught.value).partition("use ")[2].replace("prefill_chunk", "")
 
 
 def test_where_computing_alone_is_too_much_a_smaller_chunk_is_the_remedy():

@@ -94,6 +94,8 @@ def _check(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> No
             f"attention takes q [B, T, N, H], k and v [B, S, K, H] and positions [B, T], not shapes "
             f"{q.shape}, {k.shape}, {v.shape} and {positions.shape}"
         )
+    if not (q.size and k.size):
+        raise ValueError(f"attention takes at least one of everything, not q {q.shape} and k {k.shape}")
     if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or q.shape[2] % k.shape[2]:
         raise ValueError(f"q {q.shape} and k {k.shape} differ in batch or head_dim, or N is no multiple of K")
     if q.shape[3] % 16:

@@ -1,12 +1,14 @@
 """`log_softmax`, and `leaf_statistics`, the part of it that ranks of a sharded vocabulary join by tree."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from ..common.backend import resolve_float32_backend
 from ..common.gradient import inference_only
 from ..common.rounding import log
-from .mosaic_gpu import leaf_statistics_mosaic_gpu
 from .plan import kernel_refusal
 from .reference import LeafStatistics, join_totals, leaf_statistics_reference
 
@@ -35,8 +37,13 @@ def leaf_statistics(x: jax.Array, *, leaves: int, backend: str | None = None) ->
         )
     if x.dtype != jnp.float32:
         raise ValueError(f"leaf_statistics takes float32 x [..., V], not {x.dtype} {x.shape}")
-    backend = resolve_float32_backend(backend, kernel_refusal(x.shape[-1] // leaves))
-    run = leaf_statistics_mosaic_gpu if backend == "mosaic_gpu" else leaf_statistics_reference
+    backend = resolve_float32_backend("leaf_statistics", backend, kernel_refusal(x.shape[-1] // leaves))
+    if backend == "mosaic_gpu":
+        from .mosaic_gpu import leaf_statistics_mosaic_gpu  # imports the GPU lowering only where it is used
+
+        run: Callable[..., Any] = leaf_statistics_mosaic_gpu
+    else:
+        run = leaf_statistics_reference
     stats = run(x, leaves=leaves)
     total = inference_only(stats.total, "leaf_statistics")
     return stats._replace(maximum=inference_only(stats.maximum, "leaf_statistics"), total=total)

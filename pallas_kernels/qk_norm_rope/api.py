@@ -51,12 +51,8 @@ def qk_norm_rope(
     """
     _check(qkv, q_scale, k_scale, cos, sin, positions, lengths, k_cache, v_cache, eps)
     operands = (qkv, q_scale, k_scale, cos, sin, positions, lengths, k_cache, v_cache)
-    if resolve_row_backend("qk_norm_rope", backend, qkv.dtype) == "mosaic_gpu":
-        if qkv.shape[-1] not in HEAD_DIMS:
-            raise ValueError(
-                f"qk_norm_rope: backend 'mosaic_gpu' takes head_dim 32, 64, 128 or 256, not {qkv.shape[-1]}; use "
-                "backend='reference', which has the same bits"
-            )
+    resolved = resolve_row_backend("qk_norm_rope", backend, qkv.dtype, kernel_refusal(qkv.shape[-1]))
+    if resolved == "mosaic_gpu":
         from .mosaic_gpu import qk_norm_rope_mosaic_gpu  # imports the GPU lowering only where it is used
 
         outs = qk_norm_rope_mosaic_gpu(*operands, eps=eps)
@@ -64,6 +60,11 @@ def qk_norm_rope(
         outs = qk_norm_rope_reference(*operands, eps=eps)
     q, k_cache, v_cache = (inference_only(out, "qk_norm_rope") for out in outs)
     return q, k_cache, v_cache
+
+
+def kernel_refusal(head_dim: int) -> str | None:
+    """Why the Hopper kernel does not take heads of `head_dim`, or None if it does."""
+    return None if head_dim in HEAD_DIMS else f"takes head_dim 32, 64, 128 or 256, not {head_dim}"
 
 
 def _check(
@@ -100,7 +101,7 @@ def _check(
                 f"{operand.shape} {operand.dtype}"
             )
     check_floats("qk_norm_rope", qkv=qkv)
-    if t > k_cache.shape[1] or cos.shape[0] < 1:
+    if t > k_cache.shape[1] or t > cos.shape[0]:
         raise ValueError(
             f"qk_norm_rope: {t} positions do not fit a cache of {k_cache.shape[1]} and tables of {cos.shape[0]}"
         )

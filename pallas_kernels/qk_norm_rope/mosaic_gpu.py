@@ -43,9 +43,9 @@ def qk_norm_rope_mosaic_gpu(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Normalises and rotates queries and keys on a Hopper GPU, and writes keys and values to the caches.
 
-    The arguments are those of `api.qk_norm_rope`, bfloat16 or float16, H 64 or 128. The returned caches are the given
-    ones, written in place where the caller gives them up (donation, a loop's carry); else XLA copies them first. A
-    position outside of the cache is not written.
+    The arguments are those of `api.qk_norm_rope`, bfloat16 or float16, H 32, 64, 128 or 256. The returned caches are
+    the given ones, written in place where the caller gives them up (donation, a loop's carry); else XLA copies them
+    first. A position outside of the cache is not written.
 
     Args:
         interpret: Run on the CPU, slowly.

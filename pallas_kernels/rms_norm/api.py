@@ -75,13 +75,17 @@ def _check(op: str, x: jax.Array, scale: jax.Array, eps: float) -> None:
         raise ValueError(f"eps={eps} must be positive")
 
 
-def _takes_kernel(op: str, x: jax.Array, scale: jax.Array, backend: str | None) -> bool:
-    if resolve_row_backend(op, backend, x.dtype) == "reference":
-        return False
+def kernel_refusal(x: jax.Array, scale: jax.Array) -> str | None:
+    """Why the Hopper kernel does not take x [..., D] and scale [D], or None if it does."""
     d = x.shape[-1]
-    if d % 16 or not 0 < d <= 8192 or scale.dtype != x.dtype:
-        raise ValueError(
-            f"{op}: backend 'mosaic_gpu' takes rows of a multiple of 16 up to 8192 elements and a scale of their "
-            f"dtype, not D={d}, {x.dtype} and {scale.dtype}; use backend='reference', which has the same bits"
-        )
-    return math.prod(x.shape) > 0
+    if not d % 16 and 0 < d <= 8192 and scale.dtype == x.dtype:
+        return None
+    return (
+        "takes rows of a multiple of 16 up to 8192 elements and a scale of their dtype, not "
+        f"D={d}, {x.dtype} and {scale.dtype}"
+    )
+
+
+def _takes_kernel(op: str, x: jax.Array, scale: jax.Array, backend: str | None) -> bool:
+    resolved = resolve_row_backend(op, backend, x.dtype, kernel_refusal(x, scale))
+    return resolved == "mosaic_gpu" and math.prod(x.shape) > 0

@@ -1,11 +1,14 @@
 """`sample_argmax`: checks its operands and chooses the backend."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from ..common.backend import resolve_float32_backend
 from ..common.gradient import inference_only
-from .mosaic_gpu import kernel_refusal, sample_argmax_mosaic_gpu
+from .plan import kernel_refusal
 from .reference import Draw, sample_argmax_reference
 
 
@@ -54,8 +57,13 @@ def sample_argmax(
                 f"sample_argmax: {name} is {value.dtype} {value.shape}; with logits {logits.shape} as [B, V] it must "
                 f"be {jnp.dtype(dtype)} {shape}"
             )
-    backend = resolve_float32_backend(backend, kernel_refusal(logits.shape[1]))
-    run = sample_argmax_mosaic_gpu if backend == "mosaic_gpu" else sample_argmax_reference
+    backend = resolve_float32_backend("sample_argmax", backend, kernel_refusal(logits.shape[1]))
+    if backend == "mosaic_gpu":
+        from .mosaic_gpu import sample_argmax_mosaic_gpu  # imports the GPU lowering only where it is used
+
+        run: Callable[..., Any] = sample_argmax_mosaic_gpu
+    else:
+        run = sample_argmax_reference
     drawn = run(logits, row_max, temperature, key, positions, jnp.asarray(offset, jnp.int32))
     value, logit = (inference_only(x, "sample_argmax") for x in (drawn.value, drawn.logit))
     return drawn._replace(value=value, logit=logit)

@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ..common.kernel_math import LANES, LAYOUT, KernelMath, vector
+from .plan import kernel_refusal
 from .reference import Draw
 
 _Ref = Any  # Pallas has no public type for what its refs become inside a kernel
@@ -26,11 +27,6 @@ _TILE_VECTORS = 4  # of LANES tokens: a thread works at so many at a time
 _CTAS = 132 * 8  # as many as keep an H200 busy
 _PARITY = np.int32(0x1BD11BDA)
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
-
-
-def kernel_refusal(size: int) -> str | None:
-    """Why the kernel does not take `size` columns, or None if it does."""
-    return None if size >= LANES else f"{size} columns of logits are less than {LANES}"
 
 
 def sample_argmax_mosaic_gpu(

@@ -64,11 +64,7 @@ def swiglu_joint(gate_up: jax.Array, *, backend: str | None = None) -> jax.Array
 
 
 def _takes_kernel(x: jax.Array, width: tuple[int, ...], backend: str | None) -> bool:
-    if resolve_row_backend("swiglu", backend, x.dtype) == "reference":
-        return False
+    refusal = None
     if not width or width[0] % 16:
-        raise ValueError(
-            f"swiglu: backend 'mosaic_gpu' takes gate and up [..., F] with F a multiple of 16, not F={width} of shape "
-            f"{x.shape}; use backend='reference'"
-        )
-    return math.prod(x.shape) > 0
+        refusal = f"takes gate and up [..., F] with F a multiple of 16, not F={width} of shape {x.shape}"
+    return resolve_row_backend("swiglu", backend, x.dtype, refusal) == "mosaic_gpu" and math.prod(x.shape) > 0

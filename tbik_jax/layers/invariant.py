@@ -23,7 +23,10 @@ from ..pallas_kernels.common.backend import float32_backend
 from ..pallas_kernels.common.rounding import log
 from ..pallas_kernels.log_softmax.plan import kernel_refusal as leaf_refusal
 from ..pallas_kernels.log_softmax.reference import join_totals
-from ..pallas_kernels.sampling.mosaic_gpu import kernel_refusal as sampling_refusal
+from ..pallas_kernels.qk_norm_rope.api import kernel_refusal as heads_refusal
+from ..pallas_kernels.residual_add.api import kernel_refusal as add_refusal
+from ..pallas_kernels.rms_norm.api import kernel_refusal as norm_refusal
+from ..pallas_kernels.sampling.plan import kernel_refusal as sampling_refusal
 from ..pallas_kernels.tree_matmul.plan import LEAVES, plan_contraction
 from .base import TP, VocabStatistics, draw_over_tp, gather_over_tp
 
@@ -62,12 +65,12 @@ class InvariantNumerics:
         return tree_psum(product(out_dtype=jnp.float32), TP, out_dtype=x.dtype)
 
     def rms_norm(self, x: jax.Array, scale: jax.Array, *, eps: float) -> jax.Array:
-        return rms_norm(x, scale, eps=eps, backend=self._row_backend(x.dtype))
+        return rms_norm(x, scale, eps=eps, backend=self._row_backend(x.dtype, norm_refusal(x, scale)))
 
     def add_rms_norm(
         self, x: jax.Array, y: jax.Array, scale: jax.Array, *, eps: float
     ) -> tuple[jax.Array, jax.Array]:
-        return add_rms_norm(x, y, scale, eps=eps, backend=self._row_backend(x.dtype))
+        return add_rms_norm(x, y, scale, eps=eps, backend=self._row_backend(x.dtype, norm_refusal(x, scale)))
 
     def qk_norm_rope_cache(
         self,
@@ -84,7 +87,9 @@ class InvariantNumerics:
         eps: float,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         operands = (qkv, q_scale, k_scale, cos, sin, positions, lengths, k_cache, v_cache)
-        return qk_norm_rope(*operands, eps=eps, backend=self._row_backend(qkv.dtype))
+        return qk_norm_rope(
+            *operands, eps=eps, backend=self._row_backend(qkv.dtype, heads_refusal(qkv.shape[-1]))
+        )
 
     def gated_column_parallel(self, x: jax.Array, w: jax.Array) -> jax.Array:
         columns = w.shape[0] * lax.axis_size(TP)
@@ -97,7 +102,7 @@ class InvariantNumerics:
         return attention(q, k, v, positions, backend=backend)
 
     def add(self, x: jax.Array, y: jax.Array) -> jax.Array:
-        return residual_add(x, y, backend=self._row_backend(x.dtype))
+        return residual_add(x, y, backend=self._row_backend(x.dtype, add_refusal(x)))
 
     def vocab_statistics(self, logits: jax.Array) -> VocabStatistics:
         size = logits.shape[-1]
@@ -123,12 +128,14 @@ class InvariantNumerics:
         key: jax.Array,
         positions: jax.Array,
     ) -> tuple[jax.Array, jax.Array]:
-        backend = float32_backend(self.backend, sampling_refusal(logits.shape[-1]))
+        # By the smallest part that any mesh gives a rank: kernel and reference may differ in a value's last place.
+        smallest = logits.shape[-1] * lax.axis_size(TP) // LEAVES
+        backend = float32_backend(self.backend, sampling_refusal(smallest))
         return draw_over_tp(logits, row_max, temperature, key, positions, backend=backend)
 
     def _backend(self, dtype: jax.typing.DTypeLike) -> str:
         return "reference" if jnp.dtype(dtype) == jnp.float32 else self.backend
 
-    def _row_backend(self, dtype: jax.typing.DTypeLike) -> str:
-        backend = self._backend(dtype)
-        return "reference" if backend == "triton" else backend
+    def _row_backend(self, dtype: jax.typing.DTypeLike, refusal: str | None) -> str:
+        """Where the kernel does not take a model's sizes, which no mesh changes, the reference runs."""
+        return "mosaic_gpu" if self._backend(dtype) == "mosaic_gpu" and refusal is None else "reference"

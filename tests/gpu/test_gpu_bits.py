@@ -14,7 +14,7 @@ import pytest
 
 import tbik_jax
 from tbik_jax import SamplingParams, generate, make_mesh, synthetic, tree_matmul
-from tbik_jax.pallas_kernels import tree_join
+from tbik_jax.pallas_kernels import gated_matmul, swiglu_joint, tree_join
 from tbik_jax.pallas_kernels.common.backend import device_backend
 from tbik_jax.pallas_kernels.tree_matmul.mosaic_gpu import MosaicConfig, tree_matmul_mosaic_gpu
 from tbik_jax.pallas_kernels.tree_matmul.triton import TritonConfig, choose_config, tree_matmul_triton
@@ -208,3 +208,18 @@ def test_generate_on_one_and_two_gpus(two_gpus, tmp_path):
     ]
     for out in outs[1:]:
         assert_same_bits((out.tokens, out.logprobs), (outs[0].tokens, outs[0].logprobs))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize(
+    ("m", "f", "k"), [(1, 1536, 2048), (40, 384, 1024), (300, 3072, 512), (2100, 1040, 256)]
+)
+def test_the_gated_product_has_the_bits_of_its_parts(hopper, m, f, k, dtype):
+    rng = np.random.default_rng([m, f, k])
+    x, w = (jnp.asarray(normal(rng, shape, dtype)) for shape in ((m, k), (2 * f, k)))
+    two = swiglu_joint(tree_matmul(x, w, 1, transpose_rhs=True))
+    assert_same_bits(gated_matmul(x, w), two)
+    for rows in (1, 17):
+        assert_same_bits(gated_matmul(x[:rows], w), two[:rows])
+    assert differing(gated_matmul(x, jnp.roll(w, f, axis=0)), two) > 0  # twin: gates and values exchanged

@@ -13,6 +13,7 @@ from tbik_jax.pallas_kernels.common.backend import (
     device_backend,
     require_triton,
     resolve_backend,
+    resolve_float32_backend,
     resolve_row_backend,
 )
 from tbik_jax.pallas_kernels.tree_matmul.api import tree_matmul
@@ -42,13 +43,28 @@ def test_a_device_has_one_backend(platform: str, capability: str | None, expecte
 def test_row_wise_ops_have_no_triton_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     device = SimpleNamespace(platform="gpu", compute_capability="8.0")
     monkeypatch.setattr(jax, "devices", lambda *_: [device])
-    assert resolve_row_backend("op", None, jnp.bfloat16) == "reference"
+    assert resolve_row_backend("op", None, jnp.bfloat16, None) == "reference"
     with pytest.raises(ValueError, match="op has no backend 'triton'"):
-        resolve_row_backend("op", "triton", jnp.bfloat16)
+        resolve_row_backend("op", "triton", jnp.bfloat16, None)
     device.compute_capability = "9.0"
-    assert resolve_row_backend("op", None, jnp.bfloat16) == "mosaic_gpu"
-    assert resolve_row_backend("op", None, jnp.float32) == "reference"
-    assert resolve_row_backend("op", "reference", jnp.bfloat16) == "reference"
+    assert resolve_row_backend("op", None, jnp.bfloat16, None) == "mosaic_gpu"
+    assert resolve_row_backend("op", None, jnp.float32, None) == "reference"
+    assert resolve_row_backend("op", "reference", jnp.bfloat16, None) == "reference"
+    assert resolve_row_backend("op", None, jnp.bfloat16, "takes less") == "reference"
+    assert resolve_row_backend("op", "mosaic_gpu", jnp.bfloat16, None) == "mosaic_gpu"
+    with pytest.raises(ValueError, match="op: backend 'mosaic_gpu' takes less; use backend='reference'"):
+        resolve_row_backend("op", "mosaic_gpu", jnp.bfloat16, "takes less")
+
+
+def test_a_kernel_that_is_named_on_another_device_is_refused() -> None:
+    for resolve in (
+        lambda: resolve_row_backend("op", "mosaic_gpu", jnp.bfloat16, None),
+        lambda: resolve_float32_backend("op", "mosaic_gpu", None),
+    ):
+        with pytest.raises(
+            ValueError, match=r"op: backend 'mosaic_gpu' needs a Hopper GPU .* default device is"
+        ):
+            resolve()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
@@ -80,7 +96,7 @@ def test_an_unknown_backend_is_refused_with_the_known_ones(name: str) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 @pytest.mark.parametrize("backend", ["mosaic_gpu", "triton"])
 def test_a_kernel_refuses_what_it_cannot_multiply(backend: str, dtype: str) -> None:
-    message = f"backend='{backend}' multiplies bfloat16 and float16, not {dtype}; use 'reference'"
+    message = f"backend='{backend}' takes bfloat16 and float16, not {dtype}; use 'reference'"
     with pytest.raises(ValueError, match=message):
         resolve_backend(backend, dtype)
 

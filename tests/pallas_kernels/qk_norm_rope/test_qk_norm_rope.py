@@ -10,6 +10,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from tbik_jax.pallas_kernels import qk_norm_rope, rope_tables
+from tbik_jax.pallas_kernels.common import backend
 from tbik_jax.pallas_kernels.qk_norm_rope.mosaic_gpu import qk_norm_rope_mosaic_gpu
 from tests import orders
 from tests.helpers import DTYPES, assert_same_bits, differing, normal
@@ -78,8 +79,9 @@ def test_the_kernel_writes_nothing_outside_of_the_cache():
     assert differing(qk_norm_rope_mosaic_gpu(*args, eps=EPS, interpret=True)[1], args[7])
 
 
-def test_the_lowered_kernel_writes_in_place():
+def test_the_lowered_kernel_writes_in_place(monkeypatch):
     """In a loop in shard_map with donated caches: one call, whose results are its operands 7 and 8."""
+    monkeypatch.setattr(backend, "device_backend", lambda device: "mosaic_gpu")
     shapes = [
         jax.ShapeDtypeStruct(a.shape, a.dtype) for a in operands(b=2, t=1, kv_heads=8, queries=4, h=128)
     ]

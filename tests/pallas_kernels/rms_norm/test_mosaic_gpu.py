@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tbik_jax.pallas_kernels import add_rms_norm, residual_add, rms_norm
+from tbik_jax.pallas_kernels.common import backend
 from tbik_jax.pallas_kernels.rms_norm.mosaic_gpu import rms_norm_mosaic_gpu
 from tests import orders
 from tests.helpers import DTYPES, assert_same_bits, differing, mixed, normal
@@ -54,7 +55,8 @@ def test_the_fused_op_is_both_ops(name):
 
 
 @pytest.mark.parametrize("d", [1024, 2560, 80])
-def test_it_lowers_for_hopper(d):
+def test_it_lowers_for_hopper(monkeypatch, d):
+    monkeypatch.setattr(backend, "device_backend", lambda device: "mosaic_gpu")
     rows, scale = jax.ShapeDtypeStruct((7, d), jnp.bfloat16), jax.ShapeDtypeStruct((d,), jnp.bfloat16)
     fused = jax.jit(lambda x, y, s: add_rms_norm(x, y, s, eps=EPS, backend="mosaic_gpu"))
     text = fused.trace(rows, rows, scale).lower(lowering_platforms=("cuda",)).as_text()
