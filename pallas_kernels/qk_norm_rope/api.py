@@ -40,8 +40,9 @@ def qk_norm_rope(
         k_cache: [B, S, K, H] of qkv's dtype; entry s is position s.
         v_cache: like k_cache.
         eps: of the norms.
-        backend: `reference` or `mosaic_gpu`, which has the same bits and writes the caches in place where they are
-            given up; None chooses by device.
+        backend: `reference` or `mosaic_gpu`, which has the bits that the reference has on a CPU (on a GPU XLA's
+            division and square root are not always the nearest number) and writes the caches in place where they are
+            given up; None chooses by device, dtype and H.
 
     Returns:
         Queries [B, T, K * g, H], and the caches with the keys and values of these positions.

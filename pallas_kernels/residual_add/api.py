@@ -14,7 +14,8 @@ def residual_add(x: jax.Array, y: jax.Array, *, backend: str | None = None) -> j
     Args:
         x: [..., D], bfloat16, float16 or float32.
         y: like x.
-        backend: `reference` or `mosaic_gpu`, which has the same bits; None chooses by device.
+        backend: `reference` or `mosaic_gpu`, which has the bits that the reference has on a CPU; None chooses by
+            device, dtype and D.
 
     Returns:
         Like x, rounded once.

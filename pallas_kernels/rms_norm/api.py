@@ -17,7 +17,8 @@ def rms_norm(x: jax.Array, scale: jax.Array, *, eps: float, backend: str | None 
         x: [..., D], bfloat16, float16 or float32.
         scale: [D].
         eps: added to the mean square.
-        backend: `reference` or `mosaic_gpu`, which has the same bits; None chooses by device.
+        backend: `reference` or `mosaic_gpu`, which has the bits that the reference has on a CPU; None chooses by
+            device, dtype and D.
 
     Returns:
         [..., D] in x's dtype, rounded once.
@@ -45,7 +46,8 @@ def add_rms_norm(
         y: like x.
         scale: [D].
         eps: added to the mean square.
-        backend: `reference` or `mosaic_gpu`, which has the same bits; None chooses by device.
+        backend: `reference` or `mosaic_gpu`, which has the bits that the reference has on a CPU; None chooses by
+            device, dtype and D.
 
     Returns:
         x + y rounded to x's dtype once, and `rms_norm` of that; the bits of the two ops one after the other.
