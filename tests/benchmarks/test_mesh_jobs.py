@@ -1,0 +1,39 @@
+"""Side by side jobs: what each ends with."""
+
+import sys
+import time
+
+import pytest
+
+from benchmarks import mesh_jobs
+
+
+def _job(tmp_path, name, code, devices=1):
+    result = tmp_path / name
+    program = f"import pathlib, sys, time; out = pathlib.Path({str(result)!r}); {code}"
+    return mesh_jobs.Job(name=name, devices=devices, command=[sys.executable, "-c", program], result=result)
+
+
+def test_a_job_gives_its_lines_or_what_went_wrong(tmp_path):
+    jobs = [
+        _job(tmp_path, "good", "print('{\"a\": 1}'); print('chatter'); out.touch()"),
+        _job(tmp_path, "silent", "pass"),
+        _job(tmp_path, "broken", "sys.exit('no such thing')"),
+    ]
+    ended = {job.name: (lines, error) for job, lines, error in mesh_jobs.run(jobs, 1, 60)}
+    assert ended["good"] == ([{"a": 1}], None)
+    assert ended["silent"][1].startswith("exit status 0")  # it left no result
+    assert "no such thing" in ended["broken"][1] and ended["broken"][1].startswith("exit status 1")
+
+
+def test_the_limit_ends_what_runs_and_what_waits(tmp_path):
+    jobs = [_job(tmp_path, name, "time.sleep(600)") for name in ("first", "second")]
+    began = time.monotonic()
+    ended = {job.name: error for job, _, error in mesh_jobs.run(jobs, 1, 1.0)}
+    assert ended == {"first": "out of time", "second": "out of time before it began"}
+    assert time.monotonic() - began < 60
+
+
+def test_a_job_that_can_never_run_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="needs 9 devices and 8 are to be used"):
+        list(mesh_jobs.run([_job(tmp_path, "large", "pass", devices=9)], 8, 1.0))
