@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 import tbik_jax
 from benchmarks import device_time
@@ -34,6 +35,7 @@ from benchmarks.environment import environment
 from benchmarks.matmul_speed import dump
 from tbik_jax import synthetic
 from tbik_jax.buckets import bucket, capacity_bucket
+from tbik_jax.loading import parameter_shardings
 from tbik_jax.mesh import mesh_label
 from tbik_jax.models import Qwen3, Qwen3Config
 from tbik_jax.run import Padded, Run
@@ -58,7 +60,7 @@ def main(argv: list[str]) -> int:
         "failures": [],
     }
     for name in args.models:
-        model = _model("small" if args.dry else name)
+        model = sharded_model("small" if args.dry else name, mesh)
         tasks: list[Decode | Prefill] = [Decode(model, mesh, batch, args) for batch in args.batches]
         tasks += [Prefill(model, mesh, batch, args) for batch in args.prefill_batches]
         for task in tasks:  # all programs compile beside each other
@@ -104,13 +106,28 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _model(name: str) -> Qwen3:
-    config = synthetic.small_config() if name == "small" else synthetic.qwen3_config(name)
+def sharded_model(name: str, mesh: Mesh, layers: int | None = None) -> Qwen3:
+    """A model of a published size, or "small", with random parameters from one seed, in place on the mesh.
+
+    They are made on one device and moved one by one, so that this device never holds much more than the model.
+
+    Args:
+        name: of the size.
+        mesh: with all of the axes.
+        layers: another number than the size has.
+    """
+    raw = synthetic.small_config() if name == "small" else synthetic.qwen3_config(name)
+    raw |= {"num_hidden_layers": layers} if layers else {}
     began = time.perf_counter()
-    model = Qwen3(Qwen3Config.from_dict(config), rngs=nnx.Rngs(0))
-    jax.block_until_ready(nnx.state(model))
+    graphdef, state = nnx.split(Qwen3(Qwen3Config.from_dict(raw), rngs=nnx.Rngs(0)))
+    shardings = jax.tree.leaves(parameter_shardings(state, mesh))
+    values, treedef = jax.tree.flatten(state)
+    del state
+    for i, sharding in enumerate(shardings):
+        values[i] = jax.device_put(values[i], sharding)
+    jax.block_until_ready(values)
     print(f"{name}: weights made in {time.perf_counter() - began:.1f} s", flush=True)
-    return model
+    return nnx.merge(graphdef, jax.tree.unflatten(treedef, values))
 
 
 class _Task:

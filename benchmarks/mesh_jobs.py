@@ -1,10 +1,13 @@
 """Runs programs that need a number of devices each, side by side on the devices of this machine.
 
-A job is a command that prints lines of JSON. On a GPU it sees only the devices it was given
-(`CUDA_VISIBLE_DEVICES`); on the CPU each has virtual devices of its own, and they run one after another.
+A job is a command that prints lines of JSON. On a GPU all begin at once, each sees only the devices it was given
+(`CUDA_VISIBLE_DEVICES`), and compiles beside the others; before it computes it calls `wait_for_devices`, which returns
+when it has these devices for itself. On the CPU each has virtual devices of its own, and they run one after another.
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 import subprocess
@@ -17,6 +20,7 @@ from typing import IO, Any
 import jax
 
 _TICK = 0.2  # seconds
+_LOCKS = "MESH_JOBS_LOCKS"  # folder of one file a device, locked by whoever computes on it
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,7 +43,6 @@ class Job:
 @dataclasses.dataclass(kw_only=True)
 class _Running:
     job: Job
-    devices: list[str]
     process: subprocess.Popen[bytes]
     out: IO[bytes]
 
@@ -47,10 +50,10 @@ class _Running:
 def run(
     jobs: Sequence[Job], devices: int, limit: float
 ) -> Iterator[tuple[Job, list[dict[str, Any]], str | None]]:
-    """Runs each job as soon as enough devices are free, in the jobs' order where there is a choice.
+    """Runs each job on devices of its own.
 
     Args:
-        jobs: to run.
+        jobs: to run; those that come first get the devices first.
         devices: to use of this machine's.
         limit: seconds after which the jobs still running are ended.
 
@@ -64,40 +67,69 @@ def run(
     if most > devices:
         raise ValueError(f"a job needs {most} devices and {devices} are to be used")
     on_gpu = jax.default_backend() == "gpu"
-    names = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if on_gpu else []
-    free = ([name for name in names if name] or [str(i) for i in range(devices)])[:devices]
-    waiting, running, end = list(jobs), list[_Running](), time.monotonic() + limit
-    while waiting or running:
-        for job in list(waiting):
-            if job.devices <= len(free) and (on_gpu or not running):
-                waiting.remove(job)
-                running.append(_start(job, [free.pop(0) for _ in range(job.devices)], on_gpu))
-        time.sleep(_TICK)
-        late = time.monotonic() > end
-        for each in list(running):
-            if each.process.poll() is None and not late:
-                continue
-            running.remove(each)
-            free += each.devices
-            yield each.job, *_finish(each, late)
-        if late:
-            for job in waiting:
-                yield job, [], "out of time before it began"
-            return
+    places = assign([job.devices for job in jobs], devices)
+    waiting, running, end = list(zip(jobs, places, strict=True)), list[_Running](), time.monotonic() + limit
+    with tempfile.TemporaryDirectory() as folder:
+        locks = os.environ.get(_LOCKS, folder)  # another of these programs may share the devices
+        while waiting or running:
+            while waiting and (on_gpu or not running):
+                running.append(_start(*waiting.pop(0), on_gpu, locks))
+            time.sleep(_TICK)
+            late = time.monotonic() > end
+            for each in list(running):
+                if each.process.poll() is not None or late:
+                    running.remove(each)
+                    yield each.job, *_finish(each)
+            if late:
+                for job, _ in waiting:
+                    yield job, [], "out of time before it began"
+                return
 
 
-def _start(job: Job, devices: list[str], on_gpu: bool) -> _Running:
+def assign(sizes: Sequence[int], devices: int) -> list[list[int]]:
+    """Devices for jobs of these sizes: rows of jobs side by side, the first device of a row another each time.
+
+    A job's first device holds the whole model for a moment; so these moments are spread.
+    """
+    places: list[list[int]] = [[] for _ in sizes]
+    left, turn = list(range(len(sizes))), 0
+    while left:
+        used = 0
+        for i in list(left):
+            if used + sizes[i] <= devices:
+                places[i] = [(turn + used + n) % devices for n in range(sizes[i])]
+                used += sizes[i]
+                left.remove(i)
+        turn += 1
+    return places
+
+
+@contextlib.contextmanager
+def wait_for_devices() -> Iterator[None]:
+    """Inside, this job has its devices for itself."""
+    folder, names = os.environ.get(_LOCKS), os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    with contextlib.ExitStack() as stack:
+        if folder:
+            for name in sorted(names.split(",")):  # one order for all, so that nobody waits in a circle
+                file = stack.enter_context(open(Path(folder) / f"device{name}", "w"))
+                fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _start(job: Job, places: list[int], on_gpu: bool, locks: str) -> _Running:
     env = dict(os.environ)
     if on_gpu:
-        env |= {"CUDA_VISIBLE_DEVICES": ",".join(devices)}
+        names = [name for name in env.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+        visible = [names[i] if names else str(i) for i in places]
+        env |= {"CUDA_VISIBLE_DEVICES": ",".join(visible), _LOCKS: locks}
     else:
         env |= {"JAX_NUM_CPU_DEVICES": str(job.devices), "PJRT_NPROC": "32"}
     out = tempfile.TemporaryFile()  # noqa: SIM115, closed in _finish
     process = subprocess.Popen(job.command, stdout=out, stderr=subprocess.STDOUT, env=env)
-    return _Running(job=job, devices=devices, process=process, out=out)
+    return _Running(job=job, process=process, out=out)
 
 
-def _finish(each: _Running, late: bool) -> tuple[list[dict[str, Any]], str | None]:
+def _finish(each: _Running) -> tuple[list[dict[str, Any]], str | None]:
     ended = each.process.poll() is not None
     if not ended:
         each.process.kill()
@@ -106,8 +138,8 @@ def _finish(each: _Running, late: bool) -> tuple[list[dict[str, Any]], str | Non
     text = each.out.read().decode(errors="replace").splitlines()
     each.out.close()
     lines = [json.loads(line) for line in text if line.startswith("{") and line.endswith("}")]
-    if not ended and late:
-        return lines, "out of time"
+    if not ended:
+        return lines, "out of time: " + "\n".join(text[-3:])[-500:]
     if each.process.returncode or not each.job.result.exists():
         return lines, f"exit status {each.process.returncode}: " + "\n".join(text[-12:])[-1500:]
     return lines, None

@@ -94,6 +94,11 @@ class Run:
         program.start(*args)
         self._prepared.append((program, args))
 
+    def wait_until_compiled(self) -> None:
+        """Returns when every prepared step is compiled; raises what compiling raised."""
+        for program, args in self._prepared:
+            program.temporary_bytes(*args)
+
     def allocate(self, smaller: str | None = None) -> None:
         """Makes the cache.
 

@@ -1,5 +1,6 @@
 """Side by side jobs: what each ends with."""
 
+import fcntl
 import sys
 import time
 
@@ -30,10 +31,33 @@ def test_the_limit_ends_what_runs_and_what_waits(tmp_path):
     jobs = [_job(tmp_path, name, "time.sleep(600)") for name in ("first", "second")]
     began = time.monotonic()
     ended = {job.name: error for job, _, error in mesh_jobs.run(jobs, 1, 1.0)}
-    assert ended == {"first": "out of time", "second": "out of time before it began"}
+    assert ended["first"].startswith("out of time:") and ended["second"] == "out of time before it began"
     assert time.monotonic() - began < 60
 
 
 def test_a_job_that_can_never_run_is_refused(tmp_path):
     with pytest.raises(ValueError, match="needs 9 devices and 8 are to be used"):
         list(mesh_jobs.run([_job(tmp_path, "large", "pass", devices=9)], 8, 1.0))
+
+
+def test_jobs_get_devices_side_by_side():
+    places = mesh_jobs.assign([8, 7, 1, 5, 3, 2], 8)
+    assert [len(set(devices)) for devices in places] == [8, 7, 1, 5, 3, 2]
+    assert all(0 <= device < 8 for devices in places for device in devices)
+    assert not set(places[1]) & set(places[2]) and not set(places[3]) & set(places[4])  # rows of eight
+    assert len({places[row][0] for row in (0, 1, 3)}) == 3  # each row begins at another device
+
+
+def test_a_device_is_for_one_job_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setenv("MESH_JOBS_LOCKS", str(tmp_path))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    with mesh_jobs.wait_for_devices():
+        for name, free in (("device0", False), ("device2", True)):
+            with open(tmp_path / name, "w") as file:
+                if free:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                else:
+                    with pytest.raises(BlockingIOError):
+                        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with open(tmp_path / "device0", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # given back
