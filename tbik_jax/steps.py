@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from .layers import InvariantNumerics, Numerics, Parallel, PlainNumerics, VocabStatistics
-from .layers.base import FSDP, TP, select_over_tp
+from .layers.base import FSDP, TP, chosen_logprobs
 from .loading import parameter_path, parameter_shardings
 from .memory import check_parameters
 from .mesh import BATCH_AXES
@@ -132,20 +132,33 @@ class Engine:
         check_parameters(_bytes_to_move(state, shardings), list(mesh.devices.flat))
         leaves, treedef = jax.tree.flatten(jax.device_put(state, shardings))
         specs = tuple(s.spec for s in jax.tree.leaves(shardings))
-        names = [str(parameter_path(path)[-1]) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
-        fsdp_dims = {
-            (name, dim)
-            for name, spec in zip(names, specs, strict=True)
-            for dim, axis in enumerate(spec)
-            # XLA transposes what it gathers along another dimension than the first, even from a single rank
-            if axis == FSDP and mesh.shape[FSDP] > 1
-        }
-        parallel = Parallel(numerics=make_numerics(numerics, mesh), fsdp_dims=tuple(sorted(fsdp_dims)))
+        parallel = Parallel(
+            numerics=make_numerics(numerics, mesh), fsdp_dims=fsdp_dimensions(state, shardings, mesh)
+        )
         if scan_layers is None:
             scan_layers = mesh.devices.flat[0].platform == "cpu"
         return cls(
             _steps(graphdef, treedef, specs, model.config, model.dtype, mesh, parallel, scan_layers), leaves
         )
+
+
+def fsdp_dimensions(state: Any, shardings: Any, mesh: Mesh) -> tuple[tuple[str, int], ...]:
+    """(parameter name, dimension) of the parameters that the mesh cuts over fsdp.
+
+    Args:
+        state: the parameters, as `nnx.split` gives them.
+        shardings: theirs on the mesh.
+        mesh: with all of the axes.
+    """
+    names = [str(parameter_path(path)[-1]) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
+    found = {
+        (name, dim)
+        for name, sharding in zip(names, jax.tree.leaves(shardings), strict=True)
+        for dim, axis in enumerate(sharding.spec)
+        # XLA transposes what it gathers along another dimension than the first, even from a single rank
+        if axis == FSDP and mesh.shape[FSDP] > 1
+    }
+    return tuple(sorted(found))
 
 
 def _bytes_to_move(state: Any, shardings: Any) -> int:
@@ -314,12 +327,8 @@ class Steps:
         batch = _batch(tokens, start + jnp.arange(tokens.shape[1]), lengths, tables)
         hidden, cache = forward(batch, cache)
         logits = model.logits(hidden, parallel)
-        local = targets - lax.axis_index(TP) * logits.shape[-1]
-        inside = (local >= 0) & (local < logits.shape[-1])
-        chosen = jnp.take_along_axis(logits, jnp.where(inside, local, 0)[..., None], axis=-1)[..., 0]
-        chosen = select_over_tp(jnp.where(inside, chosen, 0))
         statistics = parallel.numerics.vocab_statistics(logits)
-        return cache, _logprob(chosen, statistics), statistics.finite
+        return cache, chosen_logprobs(logits, targets, statistics), statistics.finite
 
     def _hidden_states(
         self, parameters: list[jax.Array], cache: Cache, tokens: jax.Array, lengths: jax.Array, tables: Any

@@ -14,7 +14,7 @@ from flax import nnx
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ...layers.base import Parallel, vocab_embedding
+from ...layers.base import Parallel
 from .config import Qwen3Config
 from .sharding import CACHE_SPEC
 
@@ -68,8 +68,12 @@ class RmsNorm(nnx.Module):
     ) -> tuple[jax.Array, jax.Array]:
         """The residual stream x, with what is still to be added to it, and that normalised."""
         if pending is None:
-            return x, parallel.numerics.rms_norm(x, self.scale_d[...], eps=self.eps)
-        return parallel.numerics.add_rms_norm(x, pending, self.scale_d[...], eps=self.eps)
+            return x, parallel.numerics.rms_norm(x, self.scale(parallel), eps=self.eps)
+        return parallel.numerics.add_rms_norm(x, pending, self.scale(parallel), eps=self.eps)
+
+    def scale(self, parallel: Parallel) -> jax.Array:
+        """The scale [D] as this rank uses it."""
+        return parallel.weight("scale_d", self.scale_d[...])
 
 
 class Attention(nnx.Module):
@@ -87,17 +91,20 @@ class Attention(nnx.Module):
         self.k_norm = RmsNorm(h, config.rms_norm_eps, dtype)
 
     def __call__(
-        self, x: jax.Array, batch: Batch, cache: LayerCache, parallel: Parallel
+        self, x: jax.Array, batch: Batch, cache: LayerCache | None, parallel: Parallel
     ) -> tuple[jax.Array, LayerCache]:
+        """Without a cache the keys are those of the batch, from position 0 on."""
         ops = parallel.numerics
         weight = parallel.weight("qkv_weight_kghd", self.qkv_weight_kghd[...])
         kv_heads, g, h, d = weight.shape
         qkv = ops.column_parallel(x, weight.reshape(kv_heads * g * h, d))
         qkv = qkv.reshape(*x.shape[:2], kv_heads, g, h)
+        if cache is None:
+            cache = LayerCache(*(jnp.zeros((*x.shape[:2], kv_heads, h), x.dtype) for _ in range(2)))
         q, k, v = ops.qk_norm_rope_cache(
             qkv,
-            self.q_norm.scale_d[...],
-            self.k_norm.scale_d[...],
+            self.q_norm.scale(parallel),
+            self.k_norm.scale(parallel),
             batch.cos,
             batch.sin,
             batch.positions,
@@ -145,7 +152,7 @@ class Layer(nnx.Module):
         x: jax.Array,
         pending: jax.Array | None,
         batch: Batch,
-        cache: LayerCache,
+        cache: LayerCache | None,
         parallel: Parallel,
     ) -> tuple[jax.Array, jax.Array, LayerCache]:
         """The residual stream [B, T, D] and what is to be added to it, in and out."""
@@ -206,8 +213,9 @@ class Qwen3(nnx.Module):
         Returns:
             Normalised hidden states [B, T, D], and the cache with the batch's positions.
         """
-        x = vocab_embedding(batch.tokens, parallel.weight("embedding_vd", self.embedding_vd[...]))
-        ops, pending, outputs = parallel.numerics, None, [x]
+        ops, pending = parallel.numerics, None
+        x = ops.embedding(batch.tokens, parallel.weight("embedding_vd", self.embedding_vd[...]))
+        outputs = [x]
         if isinstance(cache, tuple):
             layer_caches = []
             for layer, layer_cache in zip(self.layers, cache, strict=True):
@@ -238,12 +246,49 @@ class Qwen3(nnx.Module):
 
     def logits(self, hidden: jax.Array, parallel: Parallel) -> jax.Array:
         """Logits float32 [..., V/tp] of this rank's part of the vocabulary, from hidden states [..., D]."""
-        ops = parallel.numerics
+        return parallel.numerics.column_parallel(hidden, self.head_weight(parallel), out_dtype=jnp.float32)
+
+    def head_weight(self, parallel: Parallel) -> jax.Array:
+        """This rank's part of the vocabulary's weights, [V/tp, D]."""
         if self.config.tie_word_embeddings:
-            weight = parallel.weight("embedding_vd", self.embedding_vd[...])
-        else:
-            weight = parallel.weight("lm_head_weight_vd", self.lm_head_weight_vd[...])
-        return ops.column_parallel(hidden, weight, out_dtype=jnp.float32)
+            return parallel.weight("embedding_vd", self.embedding_vd[...])
+        return parallel.weight("lm_head_weight_vd", self.lm_head_weight_vd[...])
+
+    def hidden(
+        self, batch: Batch, parallel: Parallel, *, stacked: Any = None, remat: bool = True
+    ) -> jax.Array:
+        """Runs the decoder over whole sequences without a cache, inside `shard_map`; for training.
+
+        Args:
+            batch: tokens and positions, from 0 on.
+            parallel: numerics and mesh.
+            stacked: `stacked_layers()`, if the layers are to run as a scan over one compiled layer.
+            remat: whether the backward pass computes a layer's values again instead of keeping them; no bit changes.
+
+        Returns:
+            Normalised hidden states [B, T, D].
+        """
+        ops = parallel.numerics
+
+        def run(
+            index: int, state: Any, x: jax.Array, pending: jax.Array | None
+        ) -> tuple[jax.Array, jax.Array]:
+            layer = nnx.merge(nnx.graphdef(self.layers[index]), state)
+            return layer(x, pending, batch, None, parallel)[:2]
+
+        if remat:
+            run = jax.checkpoint(run, static_argnums=(0,))
+        x = ops.embedding(batch.tokens, parallel.weight("embedding_vd", self.embedding_vd[...]))
+        if stacked is not None:
+
+            def step(x: jax.Array, state: Any) -> tuple[jax.Array, None]:
+                return ops.add(*run(0, state, x, None)), None
+
+            return self.final_norm(lax.scan(step, x, stacked)[0], None, parallel)[1]
+        pending = None
+        for index, layer in enumerate(self.layers):
+            x, pending = run(index, nnx.state(layer), x, pending)
+        return self.final_norm(x, pending, parallel)[1]
 
 
 def cache_shapes(

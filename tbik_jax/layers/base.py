@@ -13,6 +13,7 @@ from ..pallas_kernels.sampling.api import Draw, sample_argmax
 
 TP = "tp"
 FSDP = "fsdp"
+DATA = "data"
 
 
 class VocabStatistics(NamedTuple):
@@ -33,6 +34,10 @@ class VocabStatistics(NamedTuple):
 
 class Numerics(Protocol):
     """Every float operation of a model's forward pass. Hashable, so that compiled steps are cached by it."""
+
+    def embedding(self, ids: jax.Array, table: jax.Array) -> jax.Array:
+        """Rows ids [...] of a table whose part on this rank is [V/tp, D]: [..., D]."""
+        ...
 
     def column_parallel(
         self,
@@ -140,6 +145,15 @@ def select_over_tp(x: jax.Array) -> jax.Array:
     unsigned = {2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
     bits = lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
     return lax.bitcast_convert_type(lax.psum(bits, TP).astype(unsigned), x.dtype)
+
+
+def chosen_logprobs(logits: jax.Array, targets: jax.Array, statistics: VocabStatistics) -> jax.Array:
+    """Log-probabilities float32 [...] of targets [...], from this rank's logits [..., V/tp]."""
+    local = targets - lax.axis_index(TP) * logits.shape[-1]
+    inside = (local >= 0) & (local < logits.shape[-1])
+    chosen = jnp.take_along_axis(logits, jnp.where(inside, local, 0)[..., None], axis=-1)[..., 0]
+    chosen = select_over_tp(jnp.where(inside, chosen, 0))
+    return (chosen - statistics.row_max) - statistics.log_total
 
 
 def gather_over_tp(*arrays: jax.Array) -> tuple[jax.Array, ...]:

@@ -28,7 +28,7 @@ from ..pallas_kernels.residual_add.api import kernel_refusal as add_refusal
 from ..pallas_kernels.rms_norm.api import kernel_refusal as norm_refusal
 from ..pallas_kernels.sampling.plan import kernel_refusal as sampling_refusal
 from ..pallas_kernels.tree_matmul.plan import LEAVES, plan_contraction
-from .base import TP, VocabStatistics, draw_over_tp, gather_over_tp
+from .base import TP, VocabStatistics, draw_over_tp, gather_over_tp, vocab_embedding
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,6 +41,9 @@ class InvariantNumerics:
     """
 
     backend: str = "reference"
+
+    def embedding(self, ids: jax.Array, table: jax.Array) -> jax.Array:
+        return vocab_embedding(ids, table)
 
     def column_parallel(
         self,

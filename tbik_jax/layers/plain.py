@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ..pallas_kernels.qk_norm_rope.reference import write_cache_reference
-from .base import TP, VocabStatistics, draw_over_tp, gather_over_tp
+from .base import TP, VocabStatistics, draw_over_tp, gather_over_tp, vocab_embedding
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,6 +21,9 @@ class PlainNumerics:
     """
 
     cudnn: bool = False
+
+    def embedding(self, ids: jax.Array, table: jax.Array) -> jax.Array:
+        return vocab_embedding(ids, table)
 
     def column_parallel(
         self,

@@ -1,0 +1,314 @@
+"""Losses and gradients whose bits do not depend on the mesh.
+
+The batch is cut over data and fsdp, weights over fsdp and tp, and every sum is a tree of eight leaves: the eight equal
+runs of the batch's tokens, row by row. A rank, and a micro-batch, holds a complete subtree of it.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from .collectives import tree_psum
+from .layers.base import Parallel
+from .layers.plain_training import PlainTraining, PlainTrainingParallel
+from .layers.training import InvariantTraining, TrainingParallel
+from .loading import parameter_shardings
+from .mesh import BATCH_AXES, resolve_mesh
+from .models.qwen3 import Qwen3
+from .models.qwen3.modules import Batch
+from .pallas_kernels.common.backend import device_backend
+from .pallas_kernels.common.rounding import div, mul
+from .pallas_kernels.common.tree import tree_join, tree_sum
+from .pallas_kernels.rope.api import rope_tables
+from .pallas_kernels.tree_matmul.plan import LEAVES
+from .steps import INVARIANT_OPTIONS, NUMERICS, check_plans, fsdp_dimensions
+
+#: For a `jax.jit` of one's own around `value_and_grad`.
+COMPILER_OPTIONS = INVARIANT_OPTIONS
+
+#: What a loss function returns: float32 losses and their weights, arrays of one shape [B, T] or [B, T - 1].
+Losses = tuple[jax.Array, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingModel:
+    """The model as a loss function sees it: this rank's rows, and operations that have gradients.
+
+    Attributes:
+        module: the model, whose parameters are this rank's parts in fp32.
+        parallel: numerics and mesh.
+        scan_layers: whether the layers run as a scan.
+        remat: whether a layer's values are computed again in the backward pass.
+    """
+
+    module: Qwen3
+    parallel: Parallel
+    scan_layers: bool
+    remat: bool
+
+    def logprobs(self, tokens: jax.Array) -> jax.Array:
+        """Log-probabilities float32 [B, T - 1] of tokens [B, T] from the second on, given those before.
+
+        The bits are `score`'s. Rows shorter than T are padded with any token: what stands behind a position changes
+        nothing there, and padding's losses get weight 0.
+        """
+        b, t = tokens.shape
+        config = self.module.config
+        positions = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32), (b, t))
+        cos, sin = rope_tables(t, config.head_dim, config.rope_theta)
+        batch = Batch(
+            tokens=tokens,
+            positions=positions,
+            lengths=jnp.full((b,), t, jnp.int32),
+            cos=jnp.asarray(cos),
+            sin=jnp.asarray(sin),
+        )
+        stacked = self.module.stacked_layers() if self.scan_layers else None
+        hidden = self.module.hidden(batch, self.parallel, stacked=stacked, remat=self.remat)
+        # The last position predicts nothing; it stays, so that rows keep their length in the sums over tokens.
+        targets = jnp.roll(tokens, -1, axis=1)
+        ops: Any = self.parallel.numerics
+        weight = self.module.head_weight(self.parallel)
+        return ops.token_logprobs(hidden, weight, targets)[:, :-1]
+
+
+LossFunction = Callable[[TrainingModel, Any], Losses]
+
+
+def value_and_grad(
+    loss_fn: LossFunction,
+    *,
+    mesh: Mesh | None = None,
+    numerics: str = "invariant",
+    microbatches: int = 1,
+    remat: bool = True,
+    scan_layers: bool | None = None,
+) -> Callable[[Qwen3, Any], tuple[jax.Array, nnx.State]]:
+    """A function of (model, batch) that returns the mean loss and its gradients, the same bits on every mesh.
+
+    `loss_fn(model, batch)` gets a `TrainingModel` and this rank's rows of the batch, and returns each token's loss and
+    its weight. The mean is sum(loss * weight) / sum(weight) over the whole batch; weights are constants to the
+    gradient. What `loss_fn` computes itself from the log-probabilities must be elementwise, or along a row.
+
+    Args:
+        loss_fn: the losses of some rows. It is traced; the same function object is compiled once.
+        mesh: with any of the axes data, fsdp and tp, of powers of two, data * fsdp at most 8; None for the ambient
+            mesh, else one device.
+        numerics: "invariant", or "plain" for XLA's own reductions.
+        microbatches: passes that the batch is cut into, to save memory: runs of consecutive rows. The gradients of all
+            are added up before the result, as the upper part of the tree, so no bit changes.
+        remat: compute each layer's values again in the backward pass instead of keeping them. No bit changes.
+        scan_layers: run the layers as a scan over one compiled layer; None does so on the CPU.
+
+    Returns:
+        A function of a Flax NNX model and a batch (a pytree of arrays with B leading rows). It gives the loss,
+        float32 [], and an `nnx.State` like `nnx.state(model, nnx.Param)`, float32, sharded like the parameters. It can
+        be called under a `jax.jit` of one's own, with `compiler_options=tbik_jax.training.COMPILER_OPTIONS`.
+
+    Raises:
+        ValueError: (from the result) ranks, micro-batches or token numbers that cut no complete subtrees; see the
+            message.
+    """
+    if numerics not in NUMERICS:
+        raise ValueError(f"numerics={numerics!r} is unknown; use one of {', '.join(NUMERICS)}")
+    if microbatches not in (1, 2, 4, 8):
+        raise ValueError(f"microbatches={microbatches} must be 1, 2, 4 or 8, to be part of a tree of 8 leaves")
+
+    def run(model: Qwen3, batch: Any) -> tuple[jax.Array, nnx.State]:
+        where = resolve_mesh(mesh)
+        graphdef, state = nnx.split(model, nnx.Param)
+        shardings = parameter_shardings(state, where)
+        plan = _Plan(
+            loss_fn=loss_fn,
+            mesh=where,
+            graphdef=graphdef,
+            treedef=jax.tree.structure(state),
+            specs=tuple(each.spec for each in jax.tree.leaves(shardings)),
+            fsdp_dims=fsdp_dimensions(state, shardings, where),
+            numerics=numerics,
+            microbatches=microbatches,
+            remat=remat,
+            scan_layers=where.devices.flat[0].platform == "cpu" if scan_layers is None else scan_layers,
+            dtype=jnp.dtype(model.dtype).name,
+        )
+        if numerics == "invariant":
+            check_plans(model.config, model.dtype)
+        _check_batch(batch, plan)
+        values = jax.tree.leaves(state)
+        if any(isinstance(x, jax.core.Tracer) for x in (*values, *jax.tree.leaves(batch))):
+            loss, gradients = _mapped(plan)(values, batch)
+        else:
+            values = jax.device_put(values, jax.tree.leaves(shardings))
+            loss, gradients = _jitted(plan)(values, batch)
+        return loss, jax.tree.unflatten(plan.treedef, gradients)
+
+    return run
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """All that a compiled gradient depends on but shapes."""
+
+    loss_fn: LossFunction
+    mesh: Mesh
+    graphdef: Any
+    treedef: Any
+    specs: tuple[P, ...]
+    fsdp_dims: tuple[tuple[str, int], ...]
+    numerics: str
+    microbatches: int
+    remat: bool
+    scan_layers: bool
+    dtype: str
+
+    @property
+    def ranks(self) -> int:
+        """That cut the batch."""
+        return math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
+
+    @property
+    def token_leaves(self) -> int:
+        """Of one rank in one pass."""
+        return LEAVES // (self.ranks * self.microbatches)
+
+    def parallel(self) -> Parallel:
+        common: Any = {"fsdp_dims": self.fsdp_dims, "dtype": self.dtype}
+        device = self.mesh.devices.flat[0]
+        if self.numerics == "plain":
+            plain = PlainTraining(cudnn=device.platform == "gpu", dtype=self.dtype)
+            return PlainTrainingParallel(numerics=plain, **common)
+        invariant = InvariantTraining(
+            backend=device_backend(device), token_leaves=self.token_leaves, dtype=self.dtype
+        )
+        return TrainingParallel(numerics=invariant, **common)
+
+
+def _check_batch(batch: Any, plan: _Plan) -> None:
+    rows = {x.shape[0] if getattr(x, "ndim", 0) else None for x in jax.tree.leaves(batch)}
+    if len(rows) != 1 or None in rows:
+        raise ValueError(
+            f"every array of a batch needs the same number of leading rows, not {sorted(map(str, rows))}"
+        )
+    (count,) = rows
+    parts = plan.ranks * plan.microbatches
+    if plan.ranks not in (1, 2, 4, 8) or parts > LEAVES:
+        shape = plan.mesh.shape
+        raise ValueError(
+            f"data={shape['data']} x fsdp={shape['fsdp']} ranks and {plan.microbatches} micro-batches cut the batch "
+            f"into {parts} parts; a tree of {LEAVES} leaves has complete subtrees for 1, 2, 4 or {LEAVES} parts"
+        )
+    if not count or count % parts:
+        raise ValueError(
+            f"{count} rows cannot be cut into {parts} equal parts ({plan.ranks} ranks x {plan.microbatches} "
+            f"micro-batches); use a multiple of {parts}"
+        )
+
+
+@functools.lru_cache(maxsize=64)
+def _jitted(plan: _Plan) -> Any:
+    options = INVARIANT_OPTIONS if plan.numerics == "invariant" else {}
+    return jax.jit(_mapped(plan), compiler_options=options)
+
+
+def _mapped(plan: _Plan) -> Callable[[list[jax.Array], Any], tuple[jax.Array, list[jax.Array]]]:
+    """The gradient as one `shard_map` over whole arrays."""
+
+    def call(values: list[jax.Array], batch: Any) -> tuple[jax.Array, list[jax.Array]]:
+        # Rows of a pass lie together in the batch, so that the passes are the upper levels of the tree.
+        cut = jax.tree.map(lambda x: x.reshape(plan.microbatches, -1, *x.shape[1:]), batch)
+        mapped = jax.shard_map(
+            functools.partial(_body, plan),
+            mesh=plan.mesh,
+            in_specs=(list(plan.specs), P(None, BATCH_AXES)),
+            out_specs=(P(), list(plan.specs)),
+            check_vma=False,  # as in steps.py: the butterfly ends replicated, which cannot be inferred
+        )
+        return mapped(values, cut)
+
+    return call
+
+
+def _body(plan: _Plan, values: list[jax.Array], batches: Any) -> tuple[jax.Array, list[jax.Array]]:
+    """Loss and gradients of all passes, from this rank's parameters and rows [microbatches, B, ...]."""
+    wide = [value.astype(jnp.float32) for value in values]
+
+    def one(batch: Any) -> Any:
+        """(sum of losses, sum of weights, gradients) of one pass, joined over all ranks."""
+
+        def losses(parameters: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
+            module = nnx.merge(plan.graphdef, jax.tree.unflatten(plan.treedef, parameters))
+            model = TrainingModel(
+                module=module, parallel=plan.parallel(), scan_layers=plan.scan_layers, remat=plan.remat
+            )
+            loss, weights = plan.loss_fn(model, batch)
+            return _checked(loss, weights)
+
+        loss, pullback, weights = jax.vjp(losses, wide, has_aux=True)
+        weights = lax.stop_gradient(weights).astype(jnp.float32)
+        (gradients,) = pullback(weights)
+        return _token_sum(plan, mul(loss, weights)), _token_sum(plan, weights), gradients
+
+    if plan.microbatches == 1:
+        total, weight, gradients = one(jax.tree.map(lambda x: x[0], batches))
+    else:
+        total, weight, gradients = _tree_scan(one, batches, plan.microbatches)
+    # Without weights there is no mean; the gradients are zeros then, and the loss too.
+    weight = jnp.where(weight > 0, weight, jnp.float32(jnp.inf))
+    return total / weight, [div(each, weight) for each in gradients]
+
+
+def _checked(loss: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+    if loss.ndim != 2 or loss.shape != weights.shape or loss.dtype != jnp.float32:
+        raise ValueError(
+            "the loss function returned losses "
+            f"{loss.dtype} {loss.shape} and weights {weights.dtype} {weights.shape}; it must return float32 losses "
+            "[B, T] and weights of the same shape"
+        )
+    return loss, weights
+
+
+def _token_sum(plan: _Plan, x: jax.Array) -> jax.Array:
+    """The sum of this pass' fp32 x [B, T] over all ranks: rows in halves, runs of rows in halves, runs in a tree."""
+    if plan.numerics == "plain":
+        return lax.psum(jnp.sum(x), BATCH_AXES)
+    rows = x.shape[0] * plan.ranks * plan.microbatches
+    runs = min(LEAVES, rows & -rows) // (plan.ranks * plan.microbatches)  # of this rank in this pass
+    return tree_psum(tree_join(list(tree_sum(tree_sum(x).reshape(runs, -1)))), BATCH_AXES)
+
+
+def _tree_scan(one: Callable[[Any], Any], batches: Any, count: int) -> Any:
+    """Adds up one(batch) over the leading dimension as a balanced tree, with one pass in memory at a time.
+
+    A binary counter: a sum of 2**n passes waits at level n for the next one like it.
+    """
+    levels = count.bit_length() - 1
+    shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], batches))
+    zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+    def step(waiting: list[Any], item: tuple[jax.Array, Any]) -> tuple[list[Any], None]:
+        index, batch = item
+        value, climbing, kept = one(batch), jnp.bool_(True), list(waiting)
+        for level in range(levels + 1):
+            here = climbing & ((index >> level) & 1 == 0)
+            if level == levels:
+                here = climbing
+            kept[level] = _choose(here, value, waiting[level])
+            joined = jax.tree.map(jnp.add, waiting[level], value)
+            value, climbing = _choose(climbing & ~here, joined, value), climbing & ~here
+        return kept, None
+
+    waiting, _ = lax.scan(step, [zero] * (levels + 1), (jnp.arange(count), batches))
+    return waiting[levels]
+
+
+def _choose(condition: jax.Array, yes: Any, no: Any) -> Any:
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
