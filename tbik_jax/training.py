@@ -21,7 +21,7 @@ from .collectives import tree_psum
 from .layers.base import Parallel
 from .layers.plain_training import PlainTraining, PlainTrainingParallel
 from .layers.training import InvariantTraining, TrainingParallel
-from .loading import parameter_shardings
+from .loading import parameter_path, parameter_shardings
 from .mesh import BATCH_AXES, resolve_mesh
 from .models.qwen3 import Qwen3
 from .models.qwen3.modules import Batch
@@ -45,12 +45,14 @@ class TrainingModel:
 
     Attributes:
         module: the model, whose parameters are this rank's parts in fp32.
+        head: the weights [V/tp, D] before the logits; with tied embeddings another name of theirs.
         parallel: numerics and mesh.
         scan_layers: whether the layers run as a scan.
         remat: whether a layer's values are computed again in the backward pass.
     """
 
     module: Qwen3
+    head: tuple[str, jax.Array]
     parallel: Parallel
     scan_layers: bool
     remat: bool
@@ -77,8 +79,7 @@ class TrainingModel:
         # The last position predicts nothing; it stays, so that rows keep their length in the sums over tokens.
         targets = jnp.roll(tokens, -1, axis=1)
         ops: Any = self.parallel.numerics
-        weight = self.module.head_weight(self.parallel)
-        return ops.token_logprobs(hidden, weight, targets)[:, :-1]
+        return ops.token_logprobs(hidden, self.parallel.weight(*self.head), targets)[:, :-1]
 
 
 LossFunction = Callable[[TrainingModel, Any], Losses]
@@ -133,6 +134,9 @@ def value_and_grad(
             graphdef=graphdef,
             treedef=jax.tree.structure(state),
             specs=tuple(each.spec for each in jax.tree.leaves(shardings)),
+            names=tuple(
+                str(parameter_path(path)[-1]) for path, _ in jax.tree_util.tree_leaves_with_path(state)
+            ),
             fsdp_dims=fsdp_dimensions(state, shardings, where),
             numerics=numerics,
             microbatches=microbatches,
@@ -163,6 +167,7 @@ class _Plan:
     graphdef: Any
     treedef: Any
     specs: tuple[P, ...]
+    names: tuple[str, ...]
     fsdp_dims: tuple[tuple[str, int], ...]
     numerics: str
     microbatches: int
@@ -174,6 +179,12 @@ class _Plan:
     def ranks(self) -> int:
         """That cut the batch."""
         return math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
+
+    @property
+    def head(self) -> int:
+        """Index of the weights before the logits."""
+        known = "lm_head_weight_vd" if "lm_head_weight_vd" in self.names else "embedding_vd"
+        return self.names.index(known)
 
     @property
     def token_leaves(self) -> int:
@@ -240,27 +251,32 @@ def _mapped(plan: _Plan) -> Callable[[list[jax.Array], Any], tuple[jax.Array, li
 def _body(plan: _Plan, values: list[jax.Array], batches: Any) -> tuple[jax.Array, list[jax.Array]]:
     """Loss and gradients of all passes, from this rank's parameters and rows [microbatches, B, ...]."""
     wide = [value.astype(jnp.float32) for value in values]
-
     def one(batch: Any) -> Any:
-        """(sum of losses, sum of weights, gradients) of one pass, joined over all ranks."""
+        """(sum of losses, sum of weights, gradients, that of the head) of one pass, joined over all ranks."""
 
-        def losses(parameters: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
+        def losses(parameters: list[jax.Array], head: jax.Array) -> tuple[jax.Array, jax.Array]:
             module = nnx.merge(plan.graphdef, jax.tree.unflatten(plan.treedef, parameters))
             model = TrainingModel(
-                module=module, parallel=plan.parallel(), scan_layers=plan.scan_layers, remat=plan.remat
+                module=module,
+                head=(plan.names[plan.head], head),
+                parallel=plan.parallel(),
+                scan_layers=plan.scan_layers,
+                remat=plan.remat,
             )
             loss, weights = plan.loss_fn(model, batch)
             return _checked(loss, weights)
 
-        loss, pullback, weights = jax.vjp(losses, wide, has_aux=True)
+        loss, pullback, weights = jax.vjp(losses, wide, wide[plan.head], has_aux=True)
         weights = lax.stop_gradient(weights).astype(jnp.float32)
-        (gradients,) = pullback(weights)
-        return _token_sum(plan, mul(loss, weights)), _token_sum(plan, weights), gradients
+        return _token_sum(plan, mul(loss, weights)), _token_sum(plan, weights), *pullback(weights)
 
     if plan.microbatches == 1:
-        total, weight, gradients = one(jax.tree.map(lambda x: x[0], batches))
+        total, weight, gradients, head = one(jax.tree.map(lambda x: x[0], batches))
     else:
-        total, weight, gradients = _tree_scan(one, batches, plan.microbatches)
+        total, weight, gradients, head = _tree_scan(one, batches, plan.microbatches)
+    # The weights before the logits have a gradient of their own. Where they are the embedding's too, both are added
+    # here, whole, and not pass by pass: each is a tree.
+    gradients[plan.head] = gradients[plan.head] + head
     # Without weights there is no mean; the gradients are zeros then, and the loss too.
     weight = jnp.where(weight > 0, weight, jnp.float32(jnp.inf))
     return total / weight, [div(each, weight) for each in gradients]

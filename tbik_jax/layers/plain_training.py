@@ -60,9 +60,9 @@ class PlainTraining(PlainNumerics):
         return q, self.rope(self.rms_norm(k, _share(k_scale), eps=eps), cos, sin), v
 
     def attention(self, q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> jax.Array:
-        fast = self.cudnn and q.dtype != jnp.float32
-        implementation = "cudnn" if fast else "xla"
-        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation)  # type: ignore[arg-type]
+        if self.cudnn and q.dtype != jnp.float32:
+            return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="xla")
 
     def token_logprobs(self, hidden: jax.Array, w: jax.Array, targets: jax.Array) -> jax.Array:
         """Log-probabilities float32 [B, T] of targets [B, T], from hidden [B, T, D] and this rank's w [V/tp, D]."""

@@ -2,8 +2,8 @@
 
 Each op is the forward op of `InvariantNumerics` with its own VJP. Two kinds of sums cross devices:
 
-* over tp: the gradient of a column-parallel layer's input contracts over N, which tp cuts: eight leaves of N, of which a
-  rank has a complete subtree, joined by `tree_psum`. A value that every tp rank holds has a cotangent that every rank
+* over tp: the gradient of a column-parallel layer's input contracts over N, which tp cuts: eight leaves of N, of which
+  a rank has a complete subtree, joined by `tree_psum`. A value that every tp rank holds has a cotangent that every rank
   holds too, not a part of it.
 * over data and fsdp: a weight's gradient contracts over the tokens of the whole batch: eight token leaves, row-major.
   The ops return this rank's subtree in fp32, and `TrainingParallel.weight` joins the rest and rounds nothing.
