@@ -44,6 +44,34 @@ def rope(dy: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
     return np.concatenate([first * cos + second * sin, second * cos - first * sin], -1)
 
 
+def qk_norm_rope(
+    qkv: np.ndarray,
+    q_scale: np.ndarray,
+    k_scale: np.ndarray,
+    cos: np.ndarray,
+    sin: np.ndarray,
+    positions: np.ndarray,
+    dq: np.ndarray,
+    dk: np.ndarray,
+    dv: np.ndarray,
+    eps: float,
+    leaves: int,
+) -> tuple[np.ndarray, ...]:
+    """dqkv in qkv's dtype, and the gradients of the scales of each leaf and KV head."""
+    b, t, kv_heads, group, h = qkv.shape
+    cos, sin = cos[positions], sin[positions]
+    dqkv = np.empty(qkv.shape, F32)
+    share = np.empty((b, t, kv_heads, group - 1, h), F32)
+    for head in range(group - 1):  # the queries, then the key
+        scale, dy = (q_scale, dq[:, :, head :: group - 2]) if head < group - 2 else (k_scale, dk)
+        dx, share[..., head, :] = rms_norm_rows(qkv[..., head, :], scale, rope(dy, cos, sin), eps)
+        dqkv[..., head, :] = dx
+    dqkv[..., -1, :] = dv.astype(F32)
+    of_queries = orders.tree_sum(np.moveaxis(share[..., :-1, :], 3, -1))
+    sums = [token_leaf_sums(x.reshape(b * t, kv_heads, h), leaves) for x in (of_queries, share[..., -1, :])]
+    return orders.round_to(dqkv, qkv.dtype), *sums
+
+
 def swiglu(gate: np.ndarray, up: np.ndarray, dy: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """dgate and dup in gate's dtype."""
     g, u, c = (x.astype(F32) for x in (gate, up, dy))

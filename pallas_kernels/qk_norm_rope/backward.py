@@ -1,4 +1,4 @@
-"""The gradient of `qk_norm_rope`, in plain JAX: the order of its adds, and the implementation on every device so far."""
+"""The gradient of `qk_norm_rope`, in plain JAX: the order of its adds; what runs on every device so far."""
 
 import jax
 import jax.numpy as jnp
