@@ -4,7 +4,7 @@
 (`docs/numerics.md` states the contract). `tree_matmul`, `tree_psum` and `tree_psum_scatter` are its parts.
 """
 
-from . import models, pallas_kernels
+from . import models, optimizers, pallas_kernels, training
 from .collectives import tree_all_gather, tree_psum, tree_psum_scatter
 from .fingerprint import fingerprint
 from .generation import GenerateOutput, generate, score
@@ -12,21 +12,28 @@ from .loading import load
 from .mesh import make_mesh
 from .pallas_kernels import tree_matmul
 from .sampling import SamplingParams
+from .training import TrainingModel, shard_model, train_step, value_and_grad
 
 __version__ = "0.1.0"
 
 __all__ = [
     "GenerateOutput",
     "SamplingParams",
+    "TrainingModel",
     "fingerprint",
     "generate",
     "load",
     "make_mesh",
     "models",
+    "optimizers",
     "pallas_kernels",
     "score",
+    "shard_model",
+    "train_step",
+    "training",
     "tree_all_gather",
     "tree_matmul",
     "tree_psum",
     "tree_psum_scatter",
+    "value_and_grad",
 ]

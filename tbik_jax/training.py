@@ -122,7 +122,9 @@ def value_and_grad(
     if numerics not in NUMERICS:
         raise ValueError(f"numerics={numerics!r} is unknown; use one of {', '.join(NUMERICS)}")
     if microbatches not in (1, 2, 4, 8):
-        raise ValueError(f"microbatches={microbatches} must be 1, 2, 4 or 8, to be part of a tree of 8 leaves")
+        raise ValueError(
+            f"microbatches={microbatches} must be 1, 2, 4 or 8, to be part of a tree of 8 leaves"
+        )
 
     def run(model: Qwen3, batch: Any) -> tuple[jax.Array, nnx.State]:
         where = resolve_mesh(mesh)
@@ -251,6 +253,7 @@ def _mapped(plan: _Plan) -> Callable[[list[jax.Array], Any], tuple[jax.Array, li
 def _body(plan: _Plan, values: list[jax.Array], batches: Any) -> tuple[jax.Array, list[jax.Array]]:
     """Loss and gradients of all passes, from this rank's parameters and rows [microbatches, B, ...]."""
     wide = [value.astype(jnp.float32) for value in values]
+
     def one(batch: Any) -> Any:
         """(sum of losses, sum of weights, gradients, that of the head) of one pass, joined over all ranks."""
 
@@ -328,3 +331,63 @@ def _tree_scan(one: Callable[[Any], Any], batches: Any, count: int) -> Any:
 
 def _choose(condition: jax.Array, yes: Any, no: Any) -> Any:
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
+
+
+def train_step(
+    loss_fn: LossFunction,
+    *,
+    mesh: Mesh | None = None,
+    numerics: str = "invariant",
+    microbatches: int = 1,
+    remat: bool = True,
+    scan_layers: bool | None = None,
+) -> Callable[[Qwen3, nnx.Optimizer, Any], jax.Array]:
+    """A compiled step of (model, optimizer, batch): gradients and update in one program, in place.
+
+    The arguments are `value_and_grad`'s. The model lies on the mesh (`shard_model`) and the optimiser was made from it
+    there. Parameters and optimiser state keep their shardings; their old buffers are reused.
+
+    Returns:
+        A function that updates the model and the optimiser and returns the loss before the update, float32 [].
+    """
+    gradient = value_and_grad(
+        loss_fn,
+        mesh=mesh,
+        numerics=numerics,
+        microbatches=microbatches,
+        remat=remat,
+        scan_layers=scan_layers,
+    )
+
+    @functools.lru_cache(maxsize=8)
+    def compiled(graphdef: Any, treedef: Any, shardings: tuple[Any, ...]) -> Any:
+        def run(leaves: list[jax.Array], batch: Any) -> tuple[list[jax.Array], jax.Array]:
+            model, optimizer = nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves))
+            loss, gradients = gradient(model, batch)
+            optimizer.update(model, gradients)
+            return jax.tree.leaves(nnx.state((model, optimizer))), loss
+
+        options = INVARIANT_OPTIONS if numerics == "invariant" else {}
+        return jax.jit(run, donate_argnums=0, out_shardings=(list(shardings), None), compiler_options=options)
+
+    def step(model: Qwen3, optimizer: nnx.Optimizer, batch: Any) -> jax.Array:
+        where = resolve_mesh(mesh)
+        graphdef, state = nnx.split((model, optimizer))
+        leaves, treedef = jax.tree.flatten(state)
+        everywhere = jax.NamedSharding(where, P())
+        shardings = tuple(
+            x.sharding if x.sharding.device_set == everywhere.device_set else everywhere for x in leaves
+        )
+        leaves = jax.device_put(leaves, list(shardings))
+        leaves, loss = compiled(graphdef, treedef, shardings)(leaves, batch)
+        nnx.update((model, optimizer), jax.tree.unflatten(treedef, leaves))
+        return loss
+
+    return step
+
+
+def shard_model(model: Qwen3, mesh: Mesh | None = None) -> Qwen3:
+    """The model with its parameters on the mesh, as training and inference cut them; nothing moves that is there."""
+    where = resolve_mesh(mesh)
+    graphdef, state = nnx.split(model)
+    return nnx.merge(graphdef, jax.device_put(state, parameter_shardings(state, where)))

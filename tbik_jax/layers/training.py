@@ -325,9 +325,7 @@ _add.defvjp(lambda ops, x, y: (_add(ops, x, y), None), lambda ops, _, ct: (ct, c
 
 
 @_op
-def _token_logprobs(
-    ops: InvariantTraining, hidden: jax.Array, w: jax.Array, targets: jax.Array
-) -> jax.Array:
+def _token_logprobs(ops: InvariantTraining, hidden: jax.Array, w: jax.Array, targets: jax.Array) -> jax.Array:
     return _token_logprobs_fwd(ops, hidden, w, targets)[0]
 
 

@@ -1,0 +1,232 @@
+"""Training: the same loss, gradients, optimiser state and weights on every mesh, and what they are worth."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import tbik_jax
+from tbik_jax.models import Qwen3
+from tbik_jax.training import shard_model, value_and_grad
+from tests.helpers import assert_same_bits, differing
+from tests.models_small import CONFIG, small_model
+from tests.training_small import batch, next_token_loss, twenty_steps
+
+MESHES = (
+    *({axis: size} for axis in ("tp", "fsdp", "data") for size in (2, 4, 8)),
+    {"data": 2, "fsdp": 2, "tp": 2},
+    {"fsdp": 2, "tp": 4},
+    {"data": 4, "tp": 2},
+    {"data": 2, "fsdp": 4},
+)
+
+
+def _label(sizes):
+    return " ".join(f"{axis}={size}" for axis, size in sizes.items())
+
+
+def _gradient(model, rows, loss_fn=next_token_loss, sizes=None, **options):
+    mesh = tbik_jax.make_mesh(**(sizes or {}))
+    loss, gradients = value_and_grad(loss_fn, mesh=mesh, **options)(model, rows)
+    return np.asarray(loss), [np.asarray(x) for x in jax.tree.leaves(gradients)]
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=_label)
+def test_twenty_steps_are_the_same_bits_on_every_mesh(sizes):
+    assert_same_bits(twenty_steps(**sizes), twenty_steps())
+
+
+def test_twenty_steps_learn_something():
+    losses, _ = twenty_steps()
+    assert np.isfinite(losses).all() and np.mean(losses[-5:]) < np.mean(losses[:5])
+
+
+def test_plain_numerics_do_not_agree():
+    alone, split = twenty_steps("plain"), twenty_steps("plain", fsdp=2, tp=2)
+    assert differing(np.stack(alone[0]), np.stack(split[0])) > 10
+    np.testing.assert_allclose(
+        np.stack(alone[0]), np.stack(split[0]), rtol=2e-2
+    )  # the same training all the same
+
+
+@pytest.fixture(scope="module")
+def whole():
+    """Loss and gradients of a model in bfloat16 with tied embeddings, on one device in one pass."""
+    model = _tied()
+    return model, batch(3), *_gradient(model, batch(3))
+
+
+def _tied():
+    config = dataclasses.replace(CONFIG, tie_word_embeddings=True, num_hidden_layers=1)
+    return Qwen3(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(5))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"microbatches": 2},
+        {"microbatches": 8},
+        {"microbatches": 2, "sizes": {"fsdp": 2, "tp": 2}},
+        {"remat": False},
+        {"scan_layers": False},
+    ],
+    ids=str,
+)
+def test_neither_passes_nor_remat_nor_layers_change_a_bit(whole, options):
+    model, rows, loss, gradients = whole
+    assert_same_bits(_gradient(model, rows, **options), (loss, gradients))
+
+
+def test_passes_that_are_added_one_after_the_other_show(whole):
+    """The twin: gradients of the parts, added up in a chain, are not those of the whole."""
+    model, rows, _, gradients = whole
+    total = None
+    for part in range(4):
+        cut = {name: x[2 * part : 2 * part + 2] for name, x in rows.items()}
+        weight = cut["weights"].sum()
+        each = [g * weight for g in _gradient(model, cut)[1]]
+        total = each if total is None else [a + b for a, b in zip(total, each, strict=True)]
+    chained = [g / rows["weights"].sum() for g in total]
+    assert sum(differing(a, b) for a, b in zip(chained, gradients, strict=True)) > 100
+
+
+def test_padding_changes_nothing(whole):
+    model, rows, loss, gradients = whole
+    # The tokens of weight 0 are behind all others of their row.
+    seen = np.concatenate([np.ones((len(rows["weights"]), 1)), rows["weights"]], axis=1) > 0
+    other = dict(rows, tokens=np.where(seen, rows["tokens"], (rows["tokens"] + 5) % 128).astype(np.int32))
+    assert differing(other["tokens"], rows["tokens"]) > 10
+    found = _gradient(model, other)
+    assert_same_bits(found[0], loss)
+    assert_same_bits(
+        [np.abs(g) for g in found[1]], [np.abs(g) for g in gradients]
+    )  # but for the sign of a zero
+
+
+def test_a_batch_without_weights_has_no_loss_and_no_gradient(whole):
+    model, rows, *_ = whole
+    loss, gradients = _gradient(model, dict(rows, weights=np.zeros_like(rows["weights"])))
+    assert loss == 0 and not any(g.any() for g in gradients)
+
+
+def test_log_probabilities_are_those_of_score():
+    """What the trainer sees is what a rollout saw."""
+    model, rows = small_model(), batch(4)
+    found = []
+
+    def keep(model, rows):
+        logprobs = model.logprobs(rows["tokens"])
+        jax.debug.callback(lambda x: found.append(np.asarray(x)), logprobs)
+        return -logprobs, rows["weights"]
+
+    _gradient(model, rows, keep)
+    jax.effects_barrier()
+    scored = tbik_jax.score(model, [row.tolist() for row in rows["tokens"]], mesh=tbik_jax.make_mesh(tp=2))
+    assert_same_bits(found[0], np.stack([np.asarray(row) for row in scored]))
+
+
+def test_gradients_are_those_of_plain_jax_in_float32():
+    model, rows = small_model(jnp.float32), batch(6)
+    loss, gradients = _gradient(model, rows)
+    plain_loss, plain = _gradient(model, rows, numerics="plain")
+    np.testing.assert_allclose(loss, plain_loss, rtol=1e-6)
+    for found, expected in zip(gradients, plain, strict=True):
+        np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max())
+
+
+def test_gradients_predict_the_loss():
+    """Finite differences of the loss itself, along a random direction."""
+    model, rows = small_model(jnp.float32), batch(8)
+    _, gradients = _gradient(model, rows)
+    graphdef, state = nnx.split(model)
+    rng = np.random.default_rng(0)
+    leaves, treedef = jax.tree.flatten(state)
+    way = [rng.standard_normal(x.shape).astype(np.float32) * np.float32(np.std(x) + 0.1) for x in leaves]
+
+    def loss(step):
+        moved = [x + np.float32(step) * d for x, d in zip(leaves, way, strict=True)]
+        return float(_gradient(nnx.merge(graphdef, jax.tree.unflatten(treedef, moved)), rows)[0])
+
+    step = 1e-3
+    slope = sum(float((g.astype(np.float64) * d).sum()) for g, d in zip(gradients, way, strict=True))
+    assert slope == pytest.approx((loss(step) - loss(-step)) / (2 * step), rel=1e-2, abs=1e-3)
+
+
+def test_any_elementwise_loss_is_invariant():
+    """A policy-gradient loss with clipped ratios."""
+
+    def loss_fn(model, rows):
+        logprobs = model.logprobs(rows["tokens"])
+        ratio = 1 + (logprobs - jax.lax.stop_gradient(logprobs))
+        return -jnp.minimum(ratio * rows["gain"], jnp.clip(ratio, 0.8, 1.2) * rows["gain"]), rows["weights"]
+
+    model = small_model()
+    rows = dict(batch(9), gain=np.random.default_rng(1).standard_normal((8, 1)).astype(np.float32))
+    assert_same_bits(
+        _gradient(model, rows, loss_fn, {"data": 2, "fsdp": 2}), _gradient(model, rows, loss_fn, {"tp": 4})
+    )
+
+
+def _hlo(numerics, **sizes):
+    mesh = tbik_jax.make_mesh(**sizes)
+    model, rows = shard_model(small_model(), mesh), batch(0)
+    state = jax.tree.leaves(nnx.state(model))
+    graphdef, full = nnx.split(model)
+    treedef = jax.tree.structure(full)
+
+    def run(leaves, rows):
+        merged = nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves))
+        return value_and_grad(next_token_loss, mesh=mesh, numerics=numerics)(merged, rows)
+
+    options = tbik_jax.training.COMPILER_OPTIONS if numerics == "invariant" else {}
+    return jax.jit(run, compiler_options=options).lower(state, rows).compile().as_text()
+
+
+def _float_sums(hlo):
+    """The kinds of float sums whose order XLA chose."""
+    kinds = "dot|all-reduce|reduce-scatter"
+    return {kind for kind in re.findall(rf"= \(?(?:f32|bf16|f16)\[.* ({kinds})(?:-start)?\(", hlo)}
+
+
+def test_no_sum_of_the_compiled_gradient_is_left_to_xla():
+    hlo = _hlo("invariant", data=2, fsdp=2, tp=2)
+    assert "collective-permute" in hlo and "all-gather" in hlo
+    assert _float_sums(hlo) == set()
+
+
+def test_the_plain_gradient_has_such_sums():
+    assert _float_sums(_hlo("plain", data=2, fsdp=2, tp=2)) == {"dot", "all-reduce", "reduce-scatter"}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "rows", "options", "message"),
+    [
+        ({"data": 3}, 6, {}, "data=3 x fsdp=1 ranks and 1 micro-batches cut the batch into 3 parts"),
+        ({"data": 4}, 8, {"microbatches": 4}, "into 16 parts"),
+        ({"data": 4}, 6, {}, "6 rows cannot be cut into 4 equal parts"),
+        ({}, 3, {}, "k=48 cannot be cut into 8 leaves"),
+        ({}, 8, {"microbatches": 3}, "microbatches=3 must be 1, 2, 4 or 8"),
+        ({}, 8, {"numerics": "exact"}, "numerics='exact' is unknown"),
+    ],
+)
+def test_what_cuts_no_complete_subtrees_is_refused(sizes, rows, options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        _gradient(small_model(), batch(0, rows), sizes=sizes, **options)
+
+
+def test_arrays_of_a_batch_need_the_same_rows():
+    rows = batch(0)
+    with pytest.raises(ValueError, match="same number of leading rows"):
+        _gradient(small_model(), dict(rows, weights=rows["weights"][:4]))
+
+
+def test_a_loss_function_must_return_losses_and_weights():
+    def scalar(model, rows):
+        return jnp.mean(model.logprobs(rows["tokens"])), rows["weights"]
+
+    with pytest.raises(ValueError, match=r"the loss function returned losses float32 \(\)"):
+        _gradient(small_model(), batch(0), scalar)
