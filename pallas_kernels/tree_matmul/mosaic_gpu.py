@@ -10,6 +10,8 @@ one warpgroup of a CTA streams boxes of x and w into a ring of shared-memory sta
   global memory (`_Home`). The sums move while the tensor cores multiply for the next leaf.
 * Few tiles do not fill the GPU. Then `MosaicConfig.split` CTAs of one cluster take a part of the leaves each, and every
   CTA adds up the parts of its share of the columns, in the same tree (`_Exchange`).
+* The last round of tiles may leave most CTAs idle. Then `MosaicConfig.last_split` CTAs of one cluster take a part of
+  the leaves of one tile of that round, though each has had tiles of its own before.
 * `MosaicConfig.multicast` CTAs of one cluster, one above the other, load each tile of w once for both.
 
 Every configuration does the same adds on the same leaves, so it shows in the bits as little as the tile does.
@@ -94,6 +96,8 @@ def tree_matmul_mosaic_gpu(
         )
     config = config or choose_config(m, n, k, leaves, transpose_rhs=transpose_rhs)
     config = gate_config(config, m) if gated else config
+    itemsize = jnp.dtype(out_dtype).itemsize
+    check_config(config, m=m, n=n, k=k, leaves=leaves, transpose_rhs=transpose_rhs, itemsize=itemsize)
     problem = _Problem(
         m=m,
         n=n,
@@ -103,23 +107,20 @@ def tree_matmul_mosaic_gpu(
         out_dtype=jnp.dtype(out_dtype),
         transpose_rhs=transpose_rhs,
         config=config,
+        resident=_interpreted_clusters(config) if interpret else _resident_clusters(config.cluster),
         interpret=interpret,
-    )
-    check_config(
-        config, m=m, n=n, k=k, leaves=leaves, transpose_rhs=transpose_rhs, itemsize=problem.out_dtype.itemsize
     )
     if interpret and config.cluster == 8 and problem.tiles > 1:
         raise ValueError(
             f"the interpreter cannot run a cluster of 8 over {problem.tiles} tiles (see _interpreted_clusters); use a "
             "smaller split or one tile"
         )
-    resident = _interpreted_clusters(config) if interpret else _resident_clusters(config.cluster)
-    return _run(x, w, problem, min(resident, problem.tiles))
+    return _run(x, w, problem)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Problem:
-    """One call: its sizes and types, its tiling, and what follows from them."""
+    """One call: its sizes and types, its tiling, the clusters that run at once, and what follows from them."""
 
     m: int
     n: int
@@ -129,6 +130,7 @@ class _Problem:
     out_dtype: Any
     transpose_rhs: bool
     config: MosaicConfig
+    resident: int
     interpret: bool
 
     @property
@@ -146,6 +148,25 @@ class _Problem:
     @property
     def tiles(self) -> int:
         return self.grid[0] * self.grid[1]
+
+    @property
+    def clusters(self) -> int:
+        return min(self.resident, self.tiles)
+
+    @property
+    def whole_tiles(self) -> int:
+        """Tiles of the rounds that `last_split` does not cut."""
+        return self.config.whole_tiles(self.tiles, self.clusters)
+
+    @property
+    def cut_tiles(self) -> int:
+        """Tiles of the round that it cuts, at most one a cluster."""
+        return self.tiles - self.whole_tiles
+
+    @property
+    def cut_leaves(self) -> int:
+        """Leaves of such a tile that a CTA takes."""
+        return self.leaves // self.config.last_split
 
     @property
     def part_leaves(self) -> int:
@@ -175,6 +196,11 @@ class _Problem:
     @property
     def shares(self) -> bool:
         return self.config.shares(self.leaves)
+
+    @property
+    def joins(self) -> bool:
+        """Whether CTAs add up one another's parts of a tile."""
+        return self.config.split > 1 or self.cut_tiles > 0
 
     @property
     def x_rows(self) -> int:
@@ -221,16 +247,29 @@ class _Problem:
         return self.config.consumers, self.config.tile_m, self.config.block
 
     def walk(self, body: Callable[..., Any], carry: Any) -> Any:
-        """Runs body(row, column, carry) -> carry over this CTA's tiles; row and column in elements."""
-        config = self.config
+        """Runs body(row, column, carry) -> carry over this CTA's tiles, but for one that is cut; see `place`."""
 
         def tile(info: plgpu.NDLoopInfo, carry: Any) -> Any:
-            minor = 0 if config.snake_rows else 1
-            mi, ni = plgpu.planar_snake(info.index[0], self.grid, minor, config.snake)
-            mi = mi * config.multicast + lax.axis_index("pair")
-            return body(mi * config.rows, ni * config.half, carry)
+            return body(*self.place(info.index[0]), carry)
 
-        return plgpu.nd_loop((self.tiles,), collective_axes="cluster", init_carry=carry)(tile)
+        if not self.whole_tiles:
+            return carry
+        axes = ("cluster", "part") if self.config.last_split > 1 else "cluster"
+        return plgpu.nd_loop((self.whole_tiles,), collective_axes=axes, init_carry=carry)(tile)
+
+    def cut_place(self) -> tuple[jax.Array, jax.Array]:
+        """Row and column of the cut tile of this CTA's cluster, if it has one; see `place`."""
+        return self.place(self.whole_tiles + lax.axis_index("cluster"))
+
+    def has_cut_tile(self) -> jax.Array:
+        return lax.axis_index("cluster") < self.cut_tiles
+
+    def place(self, tile: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Row and column, in elements, of this CTA's tile with a number on the snake."""
+        config, minor = self.config, 0 if self.config.snake_rows else 1
+        mi, ni = plgpu.planar_snake(tile, self.grid, minor, config.snake)
+        mi = mi * config.multicast + lax.axis_index("pair")
+        return mi * config.rows, ni * config.half
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,17 +309,16 @@ def _names(ref: _Ref, count: int) -> tuple[_Ref, ...]:
     return (ref,) if count == 1 else tuple(ref[i] for i in range(count))
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def _run(x: jax.Array, w: jax.Array, problem: _Problem, clusters: int) -> jax.Array:
-    """The product from `clusters` clusters of CTAs."""
-    config = problem.config
+@functools.partial(jax.jit, static_argnums=2)
+def _run(x: jax.Array, w: jax.Array, problem: _Problem) -> jax.Array:
+    config, clusters = problem.config, problem.clusters
     out_type = [jax.ShapeDtypeStruct((problem.m, problem.columns), problem.out_dtype)]
     in_global = config.global_blocks(problem.leaves)
     if in_global:
         lines = (config.block // _LINE, config.tile_m, _LINE)
         shape = (clusters * config.cluster, in_global, config.consumers, *lines)
         out_type.append(jax.ShapeDtypeStruct(shape, jnp.float32))
-    if config.split > 1:
+    if problem.joins:
         out_type.append(_Exchange.parts(config, clusters))
 
     arrive_in_pair = functools.partial(plgpu.ClusterBarrier, collective_axes=("pair",))
@@ -301,7 +339,7 @@ def _run(x: jax.Array, w: jax.Array, problem: _Problem, clusters: int) -> jax.Ar
         scratch["out"] = _scratch(*problem.out_ring.names())
         if saved:
             scratch["saved"] = saved[0]
-    if config.split > 1:
+    if problem.joins:
         scratch |= _Exchange.barriers(config)
     kernel = plgpu.kernel(
         functools.partial(_kernel, problem),
@@ -309,7 +347,7 @@ def _run(x: jax.Array, w: jax.Array, problem: _Problem, clusters: int) -> jax.Ar
         scratch_types=scratch,
         grid=(clusters,),
         grid_names=("cluster",),
-        cluster=(config.multicast, config.split),
+        cluster=(config.multicast, config.split * config.last_split),
         cluster_names=("pair", "part"),
         num_threads=config.consumers + 1,
         thread_name="wg",
@@ -349,7 +387,8 @@ def _produce(problem: _Problem, x_gmem: _Ref, w_gmem: _Ref, smem: types.SimpleNa
     quicker than a whole warpgroup's 128.
     """
     config, stages = problem.config, jnp.int32(problem.config.stages)
-    first_step = lax.axis_index("part") * problem.part_steps
+    part = lax.axis_index("part")
+    first_step = part * problem.part_steps if config.last_split == 1 else jnp.int32(0)
     # Not a constant to the compiler: unrolled, the loop would need more registers than these warps have.
     part_steps = lax.optimization_barrier(jnp.int32(problem.part_steps))
 
@@ -357,7 +396,9 @@ def _produce(problem: _Problem, x_gmem: _Ref, w_gmem: _Ref, smem: types.SimpleNa
         plgpu.barrier_wait(smem.empty.at[slot])
 
     def stream(copy: Callable[[jax.Array, int, jax.Array, jax.Array, jax.Array], None]) -> None:
-        def tile(row: jax.Array, column: jax.Array, count: jax.Array) -> jax.Array:
+        def run(
+            first_step: jax.Array, steps: jax.Array, row: jax.Array, column: jax.Array, count: jax.Array
+        ) -> jax.Array:
             def step(i: jax.Array, count: jax.Array) -> jax.Array:
                 slot = lax.rem(count, stages)
                 pl.when(count >= stages)(lambda: wait_until_empty(slot))
@@ -365,9 +406,13 @@ def _produce(problem: _Problem, x_gmem: _Ref, w_gmem: _Ref, smem: types.SimpleNa
                     copy(slot, box, (first_step + i) * config.depth + box * config.tile_k, row, column)
                 return count + 1
 
-            return lax.fori_loop(0, part_steps, step, count)
+            return lax.fori_loop(0, steps, step, count)
 
-        count = problem.walk(tile, jnp.int32(0))
+        count = problem.walk(functools.partial(run, first_step, part_steps), jnp.int32(0))
+        if problem.cut_tiles:
+            steps = problem.cut_leaves * problem.leaf_steps
+            trips = jnp.where(problem.has_cut_tile(), steps, 0)
+            count = run(part * steps, trips, *problem.cut_place(), count)
         # No barrier may go away while an arrival is pending: see the last use of every slot freed.
         lax.fori_loop(
             jnp.maximum(count - stages, 0), count, lambda i, _: wait_until_empty(lax.rem(i, stages)), None
@@ -450,8 +495,8 @@ def _consume(
         acc = plgpu.ACC((config.tile_m, config.tile_n), jnp.float32)  # fresh, and so zero, for every leaf
         return pl.run_scoped(run, acc)
 
-    def run_group(count: jax.Array, begun: Callable[[], None]) -> _Value:
-        """The sum of a group of leaves, which wait for one another in registers.
+    def run_group(count: jax.Array, begun: Callable[[], None], leaves: int = problem.group) -> _Value:
+        """The sum of a group of leaves, or of a cut tile's, which wait for one another in registers.
 
         All but the last are looked at only when the next one has begun: the tensor cores do not wait for the adds.
         """
@@ -469,7 +514,7 @@ def _consume(
 
         def leaf(index: int, begun: Callable[[], None]) -> _Value:
             def ended(acc: _Ref, last: jax.Array) -> _Value:
-                if index + 1 == problem.group:
+                if index + 1 == leaves:
                     product = acc[...]
                     plgpu.barrier_arrive(smem.empty.at[last])
                     return add_up(index, product)
@@ -536,14 +581,31 @@ def _consume(
         count, held = lax.fori_loop(0, groups, group, (count, held))
         return count, tiles + 1, held
 
+    def cut_tile(count: jax.Array, begun: Callable[[], None]) -> None:
+        # Code of its own, which runs once: the loop over the whole tiles stays as short, and as quick to fetch.
+        value = run_group(count, begun, problem.cut_leaves)
+        row, column = problem.cut_place()
+        value = _Exchange(problem, smem, in_global).join_once(value)
+        column = column + lax.axis_index("part") * config.out_columns
+        _store(problem, value, out_smem, out_gmem, row + wg * config.tile_m, column)
+
     zero = lax.optimization_barrier(jnp.int32(0))
     if not config.overlap:
-        _, tiles = problem.walk(tile_at_once, (zero, zero))
+        count, tiles = problem.walk(tile_at_once, (zero, zero))
+        held = None
     else:
         none = _columns(jnp.zeros((config.tile_m, config.tile_n), jnp.float32), config.block)
-        held = _Held(none, zero, zero, zero, zero)
-        count, tiles, held = problem.walk(tile_in_groups, (zero, zero, held))
-        pl.when(count > 0)(lambda: climb(0, held))
+        nothing = _Held(none, zero, zero, zero, zero)
+        count, tiles, held = problem.walk(tile_in_groups, (zero, zero, nothing))
+
+    def end() -> None:
+        if held is not None:
+            pl.when(count > 0)(lambda: climb(0, held))
+
+    if problem.cut_tiles:
+        lax.cond(problem.has_cut_tile(), lambda: cut_tile(count, end), end)
+    else:
+        end()
     if exchange is not None:
         exchange.drain(tiles)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -667,7 +729,8 @@ class _Exchange:
             lax.axis_index("part"),
         )
         self._sent, self._free = smem.sent.at[self._wg], smem.free.at[self._wg]
-        self._split, self._width = problem.config.split, problem.config.out_columns
+        self._split = problem.config.split * problem.config.last_split
+        self._width = problem.config.out_columns
 
     @staticmethod
     def barriers(config: MosaicConfig) -> dict[str, Any]:
@@ -677,13 +740,19 @@ class _Exchange:
     @staticmethod
     def parts(config: MosaicConfig, clusters: int) -> jax.ShapeDtypeStruct:
         lines = (config.tile_n // _LINE, config.tile_m, _LINE)
-        shape = (clusters * config.multicast, config.split, config.consumers, *lines)
+        shape = (clusters * config.multicast, config.split * config.last_split, config.consumers, *lines)
         return jax.ShapeDtypeStruct(shape, jnp.float32)
 
     def join(self, value: _Value, tiles: jax.Array) -> _Value:
         """Shares a warpgroup's rows [tile_m, tile_n] and returns the total of this CTA's columns."""
         pl.when(tiles > 0)(lambda: plgpu.barrier_wait(self._free))
         _fence()
+        total = self.join_once(value)
+        self._arrive(self._free)
+        return total
+
+    def join_once(self, value: _Value) -> _Value:
+        """As `join`, for the only tile: nothing is written again, so nobody waits for its readers."""
         mine = self._parts.at[self._part, self._wg]
         lines = value[0].shape[1] // _LINE
         for i, block in enumerate(value):
@@ -694,9 +763,7 @@ class _Exchange:
         lines = self._width // _LINE
         share = pl.ds(self._part * lines, lines)
         parts = [_load_lines(self._parts.at[i, self._wg, share], lines) for i in range(self._split)]
-        total = tree_join(parts)
-        self._arrive(self._free)
-        return [total]
+        return [tree_join(parts)]
 
     def _arrive(self, barrier: _Ref) -> None:
         plgpu.commit_smem()  # the whole warpgroup: one of its threads arrives for all
