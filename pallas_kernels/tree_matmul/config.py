@@ -158,7 +158,7 @@ class MosaicConfig:
 
 
 def tiles_evenly(n: int, width: int) -> bool:
-    """Whether Pallas can tile rows of n contiguous elements by `width` (see `mosaic_gpu._Ring`)."""
+    """Whether Pallas can tile rows of n contiguous elements by `width` (see `mosaic_problem.Ring`)."""
     return n % width == 0 or n < width
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tbik_jax.pallas_kernels.tree_matmul import mosaic_gpu
+from tbik_jax.pallas_kernels.tree_matmul import mosaic_gpu, mosaic_sums
 from tbik_jax.pallas_kernels.tree_matmul.config import SMEM_BYTES
 from tbik_jax.pallas_kernels.tree_matmul.mosaic_gpu import MosaicConfig, tree_matmul_mosaic_gpu
 from tests.helpers import assert_same_bits, differing
@@ -223,12 +223,11 @@ def test_without_the_other_half_of_the_leaves_the_cut_tiles_alone_have_other_bit
     assert tiles_of(config, m, n) == (4, 2)
     x, w = operands_with_exact_leaves(m, n, leaf * leaves, leaves)
     with monkeypatch.context() as patch:
-        patch.setattr(mosaic_gpu, "tree_join", lambda parts: parts[0])
+        patch.setattr(mosaic_sums, "tree_join", lambda parts: parts[0])
         jax.clear_caches()
         out = np.asarray(interpreted(x, w, leaves, config=config))
     jax.clear_caches()
     expected = in_order(x, w, leaves)
-    # The snake ends in the lower row of tiles, from the right to the left or the other way round.
     same = [
         [differing(out[i : i + 64, j : j + 32], expected[i : i + 64, j : j + 32]) == 0 for j in (0, 32, 64)]
         for i in (0, 64)
