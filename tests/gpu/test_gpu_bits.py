@@ -99,31 +99,31 @@ def test_many_tiles_a_cta_and_little_depth(hopper, tile_n, leaves):
             assert_same_bits(product(x, w, out_dtype=out_dtype, config=config), expected)
 
 
-#: Rows, columns and leaves, and the configuration: the last round has at most a tile for every cluster of two CTAs.
+#: Rows, columns, depth, leaves and the configuration: the last round has at most a tile for every cluster of two CTAs.
 LAST_ROUNDS = (
-    (1000, 5120, 8, MosaicConfig(consumers=2, tile_n=128, tile_k=64, stages=5, group=4, shared=2)),
-    (1024, 5104, 8, MosaicConfig(consumers=2, tile_n=128, tile_k=16, stages=4, group=4)),
-    (1000, 5120, 4, MosaicConfig(consumers=2, tile_n=128, tile_k=64, stages=6, group=4, overlap=False)),
-    (500, 5120, 2, MosaicConfig(consumers=2, tile_n=128, tile_k=32, stages=6, group=1, shared=2)),
+    (1000, 5120, 4096, 8, MosaicConfig(consumers=2, tile_n=128, tile_k=64, stages=5, group=4, shared=2)),
+    (1024, 5104, 1024, 8, MosaicConfig(consumers=2, tile_n=128, tile_k=16, stages=4, group=4)),
+    (1000, 5120, 2048, 4, MosaicConfig(consumers=2, tile_n=128, tile_k=64, stages=6, group=4, overlap=False)),
+    (500, 5120, 256, 2, MosaicConfig(consumers=2, tile_n=128, tile_k=32, stages=6, group=1, shared=2)),
     (
         300,
         5392,
+        256,
         2,
         MosaicConfig(consumers=1, tile_n=64, tile_k=16, boxes=2, stages=3, group=2, overlap=False),
     ),
-    (4100, 2624, 8, MosaicConfig(consumers=2, tile_n=64, tile_k=64, stages=2, group=8, overlap=False)),
+    (4100, 2624, 1024, 8, MosaicConfig(consumers=2, tile_n=64, tile_k=64, stages=2, group=8, overlap=False)),
 )
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("m", "n", "leaves", "config"), LAST_ROUNDS)
+@pytest.mark.parametrize(("m", "n", "k", "leaves", "config"), LAST_ROUNDS)
 @pytest.mark.parametrize("make", [normal, wide, cancelling])
-def test_a_last_round_that_is_cut_over_clusters(hopper, make, m, n, leaves, config):
+def test_a_last_round_that_is_cut_over_clusters(hopper, make, m, n, k, leaves, config):
     config = dataclasses.replace(config, last_split=2)
     tiles = -(-m // config.rows) * -(-n // config.tile_n)
     assert 0 < config.whole_tiles(tiles, mosaic_gpu._resident_clusters(2)) < tiles
     rng = np.random.default_rng([7, m, n])
-    k = 128 * leaves
     x, w = jnp.asarray(make(rng, (m, k), jnp.bfloat16)), jnp.asarray(normal(rng, (n, k), jnp.bfloat16))
     product = functools.partial(tree_matmul_mosaic_gpu, x, w, transpose_rhs=True)
     reference = MosaicConfig(consumers=1, tile_n=16, tile_k=16, stages=2)
