@@ -38,7 +38,7 @@ from benchmarks import device_time, gpu_pool
 from benchmarks.environment import environment
 from benchmarks.matmul_report import plot, print_table, ratio, summarize
 from benchmarks.matmul_shapes import LAYERS, MODELS, MS, TPS, Layer, layers
-from tbik_jax.pallas_kernels.tree_matmul import mosaic_gpu
+from tbik_jax.pallas_kernels.tree_matmul import mosaic_gpu, mosaic_problem, mosaic_sums
 from tbik_jax.pallas_kernels.tree_matmul.mosaic_gpu import choose_config, tree_matmul_mosaic_gpu
 
 BF16 = jnp.bfloat16
@@ -333,7 +333,8 @@ def dump(data: dict[str, Any]) -> str:
 
 def kernel_digest() -> str:
     """Of the kernel's source: times of different kernels do not belong in one table."""
-    return hashlib.sha256(Path(mosaic_gpu.__file__).read_bytes()).hexdigest()[:16]
+    files = (mosaic_gpu.__file__, mosaic_problem.__file__, mosaic_sums.__file__)
+    return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()[:16]
 
 
 def _title(env: dict[str, Any]) -> str:

@@ -274,13 +274,15 @@ class Log:
 
     def _take_over(self, file: Path) -> None:
         data = json.loads(file.read_text())
-        for field, mine in (("fields", self.data["fields"]), ("environment", self.data["environment"])):
-            theirs = data[field]
-            if field == "environment":
-                theirs, mine = theirs["device"], mine["device"]
-            if theirs != mine:
-                raise ValueError(f"{file} has {field} {theirs}, not {mine}; measure again without it")
-        self.points |= {point_key(point): point for point in data["points"]}
+        theirs, mine = data["environment"]["device"], self.data["environment"]["device"]
+        if theirs != mine:
+            raise ValueError(f"{file} has device {theirs}, not {mine}; measure again without it")
+        try:
+            points = [with_all_fields(point, data["fields"]) for point in data["points"]]
+        except TypeError as error:
+            fields = f"fields {data['fields']}, not {self.data['fields']}"
+            raise ValueError(f"{file} has {fields}: {error}; measure again without it") from None
+        self.points |= {point_key(point): point for point in points}
 
     def add(self, outcome: gpu_pool.Outcome) -> Task | None:
         """Keeps an outcome; a task to try again where one candidate was to blame for a failure."""
@@ -331,6 +333,30 @@ class Log:
                 f"rule, median of all {gains[len(gains) // 2]}, most {gains[-1]}; {len(entries)} lines in {table}",
                 flush=True,
             )
+
+
+def with_all_fields(point: Point, fields: list[str]) -> Point:
+    """A point of a file whose configurations have these fields: others came later, and have their default's meaning.
+
+    Raises:
+        TypeError: if a field is unknown now, or one that is not there has no default.
+    """
+    old = functools.partial(zip, fields, strict=True)
+
+    def named(text: str) -> str:  # a configuration, or something else that ended a worker
+        return (
+            config_name(MosaicConfig(**json.loads(text))) if text.startswith("{") and text != "{}" else text
+        )
+
+    def whole(config: Config | None) -> Config | None:
+        return config and json.loads(config_name(MosaicConfig(**config)))
+
+    rows = [
+        [list(json.loads(config_name(MosaicConfig(**dict(old(values))))).values()), *times]
+        for values, *times in point["rows"]
+    ]
+    found = {name: {named(c): why for c, why in point[name].items()} for name in ("thrown_out", "failed")}
+    return point | {"best": whole(point["best"]), "default": whole(point["default"]), "rows": rows} | found
 
 
 def point_key(point: Point) -> tuple[Any, ...]:

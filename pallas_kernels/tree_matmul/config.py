@@ -29,6 +29,8 @@ class MosaicConfig:
     Attributes:
         split: Parts that the leaves of an output tile are cut into: 1, 2, 4 or 8. Each is a CTA of one cluster, which
             exchange their sums through L2.
+        last_split: Parts, 1 or 2, that the leaves of the tiles of the last round alone are cut into, if that round has
+            no more tiles than clusters. Before it each of the two CTAs of a cluster has tiles of its own.
         multicast: CTAs of one cluster, 1 or 2, that take output tiles above one another and share their tiles of w.
         consumers: Warpgroups that multiply. The CTA's tile has consumers * tile_m rows.
         tile_m: Rows of one consumer, a multiple of 64.
@@ -48,6 +50,7 @@ class MosaicConfig:
     """
 
     split: int = 1
+    last_split: int = 1
     multicast: int = 1
     consumers: int
     tile_m: int = 64
@@ -77,7 +80,7 @@ class MosaicConfig:
 
     @property
     def cluster(self) -> int:
-        return self.split * self.multicast
+        return self.split * self.last_split * self.multicast
 
     @property
     def block(self) -> int:
@@ -91,8 +94,13 @@ class MosaicConfig:
 
     @property
     def out_columns(self) -> int:
-        """Columns of the tile that one CTA stores."""
-        return self.half // self.split
+        """Columns of the tile that one CTA stores, of a tile whose leaves are cut."""
+        return self.half // (self.split * self.last_split)
+
+    def whole_tiles(self, tiles: int, clusters: int) -> int:
+        """How many of the tiles, the first ones, are not of the last round that `last_split` cuts."""
+        rest = tiles % (self.last_split * clusters)
+        return tiles - rest if self.last_split > 1 and rest <= clusters else tiles
 
     def saved_blocks(self, leaves: int) -> int:
         """Blocks that wait for their siblings at a time: a tile for each tree level above the groups."""
@@ -124,7 +132,7 @@ class MosaicConfig:
             leaves
         ):  # as many as make up a saved block: every consumer's share begins at the same place
             return self.block * 4 // (width * itemsize), width
-        return min(2, self.out_columns // width), width
+        return min(2, self.half // self.split // width), width
 
     def stage_bytes(self, m: int) -> int:
         return 2 * self.depth * (self.x_rows(m) + self.tile_n)
@@ -150,7 +158,7 @@ class MosaicConfig:
 
 
 def tiles_evenly(n: int, width: int) -> bool:
-    """Whether Pallas can tile rows of n contiguous elements by `width` (see `mosaic_gpu._Ring`)."""
+    """Whether Pallas can tile rows of n contiguous elements by `width` (see `mosaic_problem.Ring`)."""
     return n % width == 0 or n < width
 
 
@@ -178,6 +186,18 @@ def check_config(
         raise ValueError(
             f"overlap=False needs a group of {leaves // config.split} leaves, not {config.group}"
         )
+    if config.last_split not in (1, 2) or (
+        config.last_split > 1 and (config.split > 1 or config.multicast > 1 or config.gated)
+    ):
+        raise ValueError(
+            f"last_split={config.last_split} with split={config.split}, multicast={config.multicast} and "
+            f"gated={config.gated}; use 1, or 2 without the others"
+        )
+    if config.last_split > 1 and (leaves == 1 or config.group < leaves // 2):
+        raise ValueError(
+            f"last_split={config.last_split} needs two leaves or more and a group of half of them, not "
+            f"leaves={leaves} and group={config.group}"
+        )
     if config.multicast not in (1, 2) or config.cluster > 8:
         raise ValueError(
             f"multicast={config.multicast} with split={config.split}; use 1 or 2, and a cluster of at most 8"
@@ -191,11 +211,12 @@ def check_config(
             f"a tile of {config.consumers} * {config.tile_m} rows and {config.tile_n} columns is not possible; "
             "use a multiple of 64 rows a consumer and of 16 columns, at most 256 of each in all"
         )
-    if config.split > 1 and (config.out_columns % 16 or config.tile_n % config.split):
-        raise ValueError(
-            f"split={config.split} leaves {config.out_columns} columns of tile_n={config.tile_n} to each part; "
-            f"use a multiple of {16 * config.split}"
-        )
+    for name, parts in (("split", config.split), ("last_split", config.last_split)):
+        if parts > 1 and (config.out_columns % 16 or config.tile_n % parts):
+            raise ValueError(
+                f"{name}={parts} leaves {config.out_columns} columns of tile_n={config.tile_n} to each part; "
+                f"use a multiple of {16 * parts}"
+            )
     if config.gated and (leaves > 1 or not transpose_rhs or config.tile_n % 32):
         raise ValueError(
             f"gated=True needs one leaf, w as [N, K] and a tile_n that is a multiple of 32, not leaves={leaves}, "
@@ -259,7 +280,7 @@ def candidate_configs(
 ) -> tuple[MosaicConfig, ...]:
     """The configurations worth trying for x [m, k] @ w, the best guess first.
 
-    The best guess of every split and width comes before any second guess, so that the first few differ.
+    The best guess of every split, last split and width comes before any second guess, so that the first few differ.
 
     Args:
         m: Rows of x.
@@ -279,14 +300,18 @@ def candidate_configs(
             continue
         found.append((_estimate(config, m, n, k, leaves, transpose_rhs), config))
     found.sort(key=lambda pair: pair[0])
-    guesses: dict[tuple[int, int], int] = {}
+    guesses: dict[tuple[int, int, int], int] = {}
     ranked = []
     for seconds, config in found:
-        kind = config.split, config.tile_n
+        kind = config.split, config.last_split, config.tile_n
         guesses[kind] = guesses.get(kind, 0) + 1
-        ranked.append((guesses[kind], seconds, config))
-    ranked.sort(key=lambda entry: entry[:2])
-    return tuple(config for _, _, config in ranked)
+        # The estimate was not fitted to clusters with so many rows: they are for the tuner.
+        ranked.append((guesses[kind], config.split > 1 and m > _SPLIT_ROWS, seconds, config))
+    ranked.sort(key=lambda entry: entry[:3])
+    configs = [entry[-1] for entry in ranked]
+    if m >= 1024:
+        configs += [dataclasses.replace(configs[0], snake=snake) for snake in (4, 16)]
+    return tuple(configs)
 
 
 def _family(m: int, n: int, k: int, leaves: int, transpose_rhs: bool) -> Iterator[MosaicConfig]:
@@ -295,9 +320,9 @@ def _family(m: int, n: int, k: int, leaves: int, transpose_rhs: bool) -> Iterato
     box = next(t for t in (64, 32, 16) if leaf % t == 0)
     for width, split in itertools.product(_widths(m, n, leaves, box, transpose_rhs), (1, 2, 4, 8)):
         part = leaves // split
-        if split > leaves or (
-            split > 1 and (m > 512 or width == 192)
-        ):  # shares of 192 columns make narrow blocks
+        most_rows = {1: m, 2: 2 * _SPLIT_ROWS}.get(split, _SPLIT_ROWS)
+        # Shares of 192 columns make narrow blocks.
+        if split > leaves or m > most_rows or (split > 1 and width == 192):
             continue
         tile_k = box if transpose_rhs else next(t for t in (64, 32, 16) if t <= box and width % t == 0)
         depths = {tile_k, box} | ({d for d in (128, 256) if leaf % d == 0} if m <= 256 else set())
@@ -322,6 +347,14 @@ def _family(m: int, n: int, k: int, leaves: int, transpose_rhs: bool) -> Iterato
                 yield dataclasses.replace(config, multicast=2)
             if m > 1024:
                 yield dataclasses.replace(config, snake_rows=True)
+            if m <= 256 or split > 1:
+                continue
+            cut = dataclasses.replace(config, last_split=2).with_stages(m, leaves)
+            whole, tiles = _rounds(cut, m, n)
+            if 0 < whole < tiles:
+                yield cut
+                if m > 1024:
+                    yield dataclasses.replace(cut, snake_rows=True)
 
 
 def _widths(m: int, n: int, leaves: int, box: int, transpose_rhs: bool) -> list[int]:
@@ -350,6 +383,14 @@ def _groups(part: int, width: int, few: bool) -> list[int]:
     return [g for g in fitting if g >= min(2, part)] if few else fitting[-1:]
 
 
+def _rounds(config: MosaicConfig, m: int, n: int) -> tuple[int, int]:
+    """Tiles of the product that are not of a round that `last_split` cuts on an H200, and all tiles."""
+    tiles = -(-m // (config.rows * config.multicast)) * -(-n // config.tile_n)
+    return config.whole_tiles(tiles, RESIDENT_CLUSTERS[config.cluster]), tiles
+
+
+#: Rows up to which the estimate chooses among clusters.
+_SPLIT_ROWS = 512
 #: Accumulators that a group of leaves takes: one that is being added to, and one for each level at which one waits.
 _ACCUMULATORS = {1: 1, 2: 2, 4: 3, 8: 4}
 _HERTZ, _BANDWIDTH = 1.75e9, 4.1e12  # of an H200 at work
@@ -357,9 +398,8 @@ _HERTZ, _BANDWIDTH = 1.75e9, 4.1e12  # of an H200 at work
 
 def _estimate(config: MosaicConfig, m: int, n: int, k: int, leaves: int, transpose_rhs: bool) -> float:
     """Seconds that the product takes, roughly; fitted to measurements on an H200."""
-    rows = config.rows * config.multicast
-    tiles = -(-m // rows) * -(-n // config.tile_n)
-    rounds = -(-tiles // RESIDENT_CLUSTERS[config.cluster])
+    whole, tiles = _rounds(config, m, n)
+    rounds = -(-whole // (RESIDENT_CLUSTERS[config.cluster] * config.last_split))
     part = leaves // config.split
     width, x_rows = config.tile_n, config.x_rows(m)
     # Cycles for 64 k's: of the tensor cores, of shared memory, of the way there, and of the warps that order copies.
@@ -374,10 +414,13 @@ def _estimate(config: MosaicConfig, m: int, n: int, k: int, leaves: int, transpo
     if rounds <= 2:
         merges += (500 if config.consumers == 1 else 200) * group  # its code comes from memory
     epilogue = 900 + 10 * width
-    exchange = 0.0 if config.split == 1 else 1200 + 300 * config.split
-    if config.split > 1 and m > 128:
+    parts = config.split * config.last_split
+    exchange = 0.0 if parts == 1 else 1200 + 300 * parts
+    if parts > 1 and m > 128:
         exchange += config.rows * width / 3
-    cycles = rounds * (k / config.split / 64 * step + merges + epilogue + exchange)
+    cycles = rounds * (k / config.split / 64 * step + merges + epilogue + exchange * (config.split > 1))
+    if whole < tiles:
+        cycles += k / parts / 64 * step + 150 * leaves / parts + epilogue + exchange
     # Short rows of w cost DRAM bandwidth.
     rate = _BANDWIDTH * (1.0 if transpose_rhs else min(1.0, 0.5 + width / 128))
     streaming = 2 * k * n / rate + (exchange + epilogue) / _HERTZ

@@ -7,14 +7,16 @@ one warpgroup of a CTA streams boxes of x and w into a ring of shared-memory sta
 * The consumers run the leaves of a tile one after the other, each in a fresh accumulator, and merge them with a binary
   counter: a finished subtree is added to the complete one on its left, or waits for its right sibling. It waits in
   registers as long as they suffice (`MosaicConfig.group`), then in shared memory, or in a scratch of the CTA's own in
-  global memory (`_Home`). The sums move while the tensor cores multiply for the next leaf.
+  global memory (`Home`). The sums move while the tensor cores multiply for the next leaf.
 * Few tiles do not fill the GPU. Then `MosaicConfig.split` CTAs of one cluster take a part of the leaves each, and every
-  CTA adds up the parts of its share of the columns, in the same tree (`_Exchange`).
+  CTA adds up the parts of its share of the columns, in the same tree (`Exchange`).
+* The last round of tiles may leave most CTAs idle. Then `MosaicConfig.last_split` CTAs of one cluster take a part of
+  the leaves of one tile of that round, though each has had tiles of its own before.
 * `MosaicConfig.multicast` CTAs of one cluster, one above the other, load each tile of w once for both.
 
 Every configuration does the same adds on the same leaves, so it shows in the bits as little as the tile does.
 
-Ragged shapes need no padding in memory: TMA reads zeros outside of an array and writes nothing there. `_Ring` has the
+Ragged shapes need no padding in memory: TMA reads zeros outside of an array and writes nothing there. `Ring` has the
 one complication.
 """
 
@@ -22,7 +24,7 @@ import dataclasses
 import functools
 import types
 from collections.abc import Callable
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import jax
 import jax.extend.backend
@@ -30,10 +32,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir.dialects import llvm
 
 from ..common.activation import silu
-from ..common.tree import tree_join
 from .config import (
     RESIDENT_CLUSTERS,
     MosaicConfig,
@@ -42,17 +42,13 @@ from .config import (
     choose_config,
     gate_config,
 )
+from .mosaic_problem import Problem, Ref, named_buffer, names_of, swizzle_of, tiling
+from .mosaic_sums import LINE, Exchange, Value, columns_of, homes_of
 from .operands import check_operands
 
 __all__ = ["MosaicConfig", "candidate_configs", "choose_config", "tree_matmul_mosaic_gpu"]
 
-_Ref = Any  # Pallas has no public type for what its refs become inside a kernel
-_Value = list[jax.Array]  # a warpgroup's rows of a tile, as blocks of columns
-
 _PRODUCER_REGISTERS = 24
-_LINE = (
-    8  # columns of a saved block that lie together in global memory: a warp then writes 256 bytes in a row
-)
 
 
 def tree_matmul_mosaic_gpu(
@@ -94,7 +90,9 @@ def tree_matmul_mosaic_gpu(
         )
     config = config or choose_config(m, n, k, leaves, transpose_rhs=transpose_rhs)
     config = gate_config(config, m) if gated else config
-    problem = _Problem(
+    itemsize = jnp.dtype(out_dtype).itemsize
+    check_config(config, m=m, n=n, k=k, leaves=leaves, transpose_rhs=transpose_rhs, itemsize=itemsize)
+    problem = Problem(
         m=m,
         n=n,
         k=k,
@@ -103,213 +101,56 @@ def tree_matmul_mosaic_gpu(
         out_dtype=jnp.dtype(out_dtype),
         transpose_rhs=transpose_rhs,
         config=config,
+        resident=_interpreted_clusters(config) if interpret else _resident_clusters(config.cluster),
         interpret=interpret,
-    )
-    check_config(
-        config, m=m, n=n, k=k, leaves=leaves, transpose_rhs=transpose_rhs, itemsize=problem.out_dtype.itemsize
     )
     if interpret and config.cluster == 8 and problem.tiles > 1:
         raise ValueError(
             f"the interpreter cannot run a cluster of 8 over {problem.tiles} tiles (see _interpreted_clusters); use a "
             "smaller split or one tile"
         )
-    resident = _interpreted_clusters(config) if interpret else _resident_clusters(config.cluster)
-    return _run(x, w, problem, min(resident, problem.tiles))
+    return _run(x, w, problem)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Problem:
-    """One call: its sizes and types, its tiling, and what follows from them."""
-
-    m: int
-    n: int
-    k: int
-    leaves: int
-    dtype: Any
-    out_dtype: Any
-    transpose_rhs: bool
-    config: MosaicConfig
-    interpret: bool
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Output tiles of a cluster, down and across."""
-        return pl.cdiv(self.m, self.config.rows * self.config.multicast), pl.cdiv(
-            self.columns, self.config.half
-        )
-
-    @property
-    def columns(self) -> int:
-        """Of the result."""
-        return self.n // 2 if self.config.gated else self.n
-
-    @property
-    def tiles(self) -> int:
-        return self.grid[0] * self.grid[1]
-
-    @property
-    def part_leaves(self) -> int:
-        return self.leaves // self.config.split
-
-    @property
-    def leaf_steps(self) -> int:
-        return self.k // self.leaves // self.config.depth
-
-    @property
-    def part_steps(self) -> int:
-        return self.part_leaves * self.leaf_steps
-
-    @property
-    def group(self) -> int:
-        return min(self.config.group, self.part_leaves)
-
-    @property
-    def levels(self) -> int:
-        """Tree levels inside a CTA at which a group's sum climbs."""
-        return (self.part_leaves // self.group).bit_length() - 1
-
-    @property
-    def blocks(self) -> int:
-        return self.config.tile_n // self.config.block
-
-    @property
-    def shares(self) -> bool:
-        return self.config.shares(self.leaves)
-
-    @property
-    def x_rows(self) -> int:
-        """Rows of x that are copied for a tile."""
-        return self.config.x_rows(self.m)
-
-    @property
-    def x_ring(self) -> "_Ring":
-        """Boxes of x one below the other, x_rows apart.
-
-        The tensor cores read as many rows as the tile has. Where x has fewer, they read into the boxes behind, whatever
-        is there: a row of the product depends on its own row of x alone, and these rows are never stored.
-        """
-        rows = self.config.stages * self.config.boxes * self.x_rows + self.config.rows - self.x_rows
-        return self._ring(rows, self.config.tile_k)
-
-    def x_window(self, ref: _Ref, slot: jax.Array, box: int, wg: jax.Array) -> _Ref:
-        """A consumer's rows in a box of `x_ring`."""
-        start = self.x_start(slot, box) + wg * self.config.tile_m
-        return ref.at[pl.ds(start, self.config.tile_m)]
-
-    def x_start(self, slot: jax.Array, box: int) -> jax.Array:
-        return (slot * self.config.boxes + box) * self.x_rows
-
-    @property
-    def w_ring(self) -> "_Ring":
-        tile = self.config.tile_k, self.config.tile_n
-        ordered = tile[::-1] if self.transpose_rhs else tile
-        return self._ring(self.config.stages, self.config.boxes, *ordered)
-
-    def _ring(self, *shape: int) -> "_Ring":
-        # wgmma takes one swizzle for both operands, so x's, as wide as tile_k, also rules a w contiguous along N.
-        return _Ring(shape, self.dtype, self.config.tile_k * self.dtype.itemsize, self.interpret)
-
-    @property
-    def out_ring(self) -> "_Ring":
-        itemsize = self.out_dtype.itemsize
-        slots, width = self.config.staged(self.leaves, itemsize)
-        shape = (self.config.consumers, slots, self.config.tile_m, width)
-        return _Ring(shape, self.out_dtype, _swizzle(width, itemsize), self.interpret)
-
-    @property
-    def block_shape(self) -> tuple[int, int, int]:
-        return self.config.consumers, self.config.tile_m, self.config.block
-
-    def walk(self, body: Callable[..., Any], carry: Any) -> Any:
-        """Runs body(row, column, carry) -> carry over this CTA's tiles; row and column in elements."""
-        config = self.config
-
-        def tile(info: plgpu.NDLoopInfo, carry: Any) -> Any:
-            minor = 0 if config.snake_rows else 1
-            mi, ni = plgpu.planar_snake(info.index[0], self.grid, minor, config.snake)
-            mi = mi * config.multicast + lax.axis_index("pair")
-            return body(mi * config.rows, ni * config.half, carry)
-
-        return plgpu.nd_loop((self.tiles,), collective_axes="cluster", init_carry=carry)(tile)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Ring:
-    """A ring of shared-memory tiles that TMA and the warpgroups share.
-
-    wgmma wants its operands in tiles of (8, swizzle). To have TMA fill them Pallas tiles the array in memory as well,
-    and refuses one that does not divide into tiles, though TMA clips anywhere. But in a buffer as wide as the swizzle
-    every byte has the same place tiled and untiled. Such a buffer gets two names, the tiled one for the warpgroups and
-    a plain one for TMA, which then takes any number of rows and columns.
-
-    The interpreter ignores layouts, and would keep two names in two buffers; there one name serves both.
-    """
-
-    shape: tuple[int, ...]
-    dtype: Any
-    swizzle: int
-    interpret: bool
-
-    @property
-    def two_names(self) -> bool:
-        return self.shape[-1] * self.dtype.itemsize == self.swizzle and not self.interpret
-
-    def names(self) -> tuple[Any, ...]:
-        transforms = _tiled(self.swizzle, self.dtype.itemsize)
-        tiled = plgpu.SMEM(self.shape, self.dtype, transforms=transforms)
-        if not self.two_names:
-            return (tiled,)
-        return tiled, plgpu.SMEM(self.shape, self.dtype, transforms=transforms[1:])
-
-
-def _scratch(*names: Any) -> Any:
-    return names[0] if len(names) == 1 else plgpu.RefUnion(*names)
-
-
-def _names(ref: _Ref, count: int) -> tuple[_Ref, ...]:
-    return (ref,) if count == 1 else tuple(ref[i] for i in range(count))
-
-
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def _run(x: jax.Array, w: jax.Array, problem: _Problem, clusters: int) -> jax.Array:
-    """The product from `clusters` clusters of CTAs."""
-    config = problem.config
+@functools.partial(jax.jit, static_argnums=2)
+def _run(x: jax.Array, w: jax.Array, problem: Problem) -> jax.Array:
+    config, clusters = problem.config, problem.clusters
     out_type = [jax.ShapeDtypeStruct((problem.m, problem.columns), problem.out_dtype)]
     in_global = config.global_blocks(problem.leaves)
     if in_global:
-        lines = (config.block // _LINE, config.tile_m, _LINE)
+        lines = (config.block // LINE, config.tile_m, LINE)
         shape = (clusters * config.cluster, in_global, config.consumers, *lines)
         out_type.append(jax.ShapeDtypeStruct(shape, jnp.float32))
-    if config.split > 1:
-        out_type.append(_Exchange.parts(config, clusters))
+    if problem.joins:
+        out_type.append(Exchange.parts(config, clusters))
 
     arrive_in_pair = functools.partial(plgpu.ClusterBarrier, collective_axes=("pair",))
     scratch: dict[str, Any] = {
-        "x": _scratch(*problem.x_ring.names()),
-        "w": _scratch(*problem.w_ring.names()),
+        "x": named_buffer(*problem.x_ring.names()),
+        "w": named_buffer(*problem.w_ring.names()),
         "full": plgpu.Barrier(num_arrivals=(2 + config.gated) * config.boxes, num_barriers=config.stages),
         "empty": arrive_in_pair(num_arrivals=config.consumers, num_barriers=config.stages),
     }
     saved: tuple[Any, ...] = ()
     in_shared = config.shared_blocks(problem.leaves)
     if in_shared:
-        layout = _tiled(_swizzle(config.block, 4), 4)
+        layout = tiling(swizzle_of(config.block, 4), 4)
         saved = (plgpu.SMEM((in_shared, *problem.block_shape), jnp.float32, transforms=layout),)
     if problem.shares:
         scratch["saved_and_out"] = plgpu.RefUnion(*saved, *problem.out_ring.names())
     else:
-        scratch["out"] = _scratch(*problem.out_ring.names())
+        scratch["out"] = named_buffer(*problem.out_ring.names())
         if saved:
             scratch["saved"] = saved[0]
-    if config.split > 1:
-        scratch |= _Exchange.barriers(config)
+    if problem.joins:
+        scratch |= Exchange.barriers(config)
     kernel = plgpu.kernel(
         functools.partial(_kernel, problem),
         out_type=out_type,
         scratch_types=scratch,
         grid=(clusters,),
         grid_names=("cluster",),
-        cluster=(config.multicast, config.split),
+        cluster=(config.multicast, config.split * config.last_split),
         cluster_names=("pair", "part"),
         num_threads=config.consumers + 1,
         thread_name="wg",
@@ -322,7 +163,7 @@ def _run(x: jax.Array, w: jax.Array, problem: _Problem, clusters: int) -> jax.Ar
 
 
 def _kernel(
-    problem: _Problem, x_gmem: _Ref, w_gmem: _Ref, out_gmem: _Ref, *in_global: _Ref, **scratch: _Ref
+    problem: Problem, x_gmem: Ref, w_gmem: Ref, out_gmem: Ref, *in_global: Ref, **scratch: Ref
 ) -> None:
     wg, consumers = lax.axis_index("wg"), problem.config.consumers
     smem = types.SimpleNamespace(**scratch)
@@ -342,14 +183,15 @@ def _kernel(
         _consume(problem, smem, out_gmem, in_global)
 
 
-def _produce(problem: _Problem, x_gmem: _Ref, w_gmem: _Ref, smem: types.SimpleNamespace) -> None:
+def _produce(problem: Problem, x_gmem: Ref, w_gmem: Ref, smem: types.SimpleNamespace) -> None:
     """Streams the stages of this CTA's tiles, each as soon as the consumers have freed its slot.
 
     One warp copies w and another x: a barrier takes an arrival from each thread that announces a copy, and 32 are
     quicker than a whole warpgroup's 128.
     """
     config, stages = problem.config, jnp.int32(problem.config.stages)
-    first_step = lax.axis_index("part") * problem.part_steps
+    part = lax.axis_index("part")
+    first_step = part * problem.part_steps if config.last_split == 1 else jnp.int32(0)
     # Not a constant to the compiler: unrolled, the loop would need more registers than these warps have.
     part_steps = lax.optimization_barrier(jnp.int32(problem.part_steps))
 
@@ -357,7 +199,9 @@ def _produce(problem: _Problem, x_gmem: _Ref, w_gmem: _Ref, smem: types.SimpleNa
         plgpu.barrier_wait(smem.empty.at[slot])
 
     def stream(copy: Callable[[jax.Array, int, jax.Array, jax.Array, jax.Array], None]) -> None:
-        def tile(row: jax.Array, column: jax.Array, count: jax.Array) -> jax.Array:
+        def run(
+            first_step: jax.Array, steps: jax.Array, row: jax.Array, column: jax.Array, count: jax.Array
+        ) -> jax.Array:
             def step(i: jax.Array, count: jax.Array) -> jax.Array:
                 slot = lax.rem(count, stages)
                 pl.when(count >= stages)(lambda: wait_until_empty(slot))
@@ -365,9 +209,13 @@ def _produce(problem: _Problem, x_gmem: _Ref, w_gmem: _Ref, smem: types.SimpleNa
                     copy(slot, box, (first_step + i) * config.depth + box * config.tile_k, row, column)
                 return count + 1
 
-            return lax.fori_loop(0, part_steps, step, count)
+            return lax.fori_loop(0, steps, step, count)
 
-        count = problem.walk(tile, jnp.int32(0))
+        count = problem.walk(functools.partial(run, first_step, part_steps), jnp.int32(0))
+        if problem.cut_tiles:
+            steps = problem.cut_leaves * problem.leaf_steps
+            trips = jnp.where(problem.has_cut_tile(), steps, 0)
+            count = run(part * steps, trips, *problem.cut_place(), count)
         # No barrier may go away while an arrival is pending: see the last use of every slot freed.
         lax.fori_loop(
             jnp.maximum(count - stages, 0), count, lambda i, _: wait_until_empty(lax.rem(i, stages)), None
@@ -375,14 +223,14 @@ def _produce(problem: _Problem, x_gmem: _Ref, w_gmem: _Ref, smem: types.SimpleNa
 
     def copy_x(slot: jax.Array, box: int, k: jax.Array, row: jax.Array, column: jax.Array) -> None:
         src = x_gmem.at[pl.ds(row, problem.x_rows), pl.ds(k, config.tile_k)]
-        dst = _names(smem.x, len(problem.x_ring.names()))[-1].at[
+        dst = names_of(smem.x, len(problem.x_ring.names()))[-1].at[
             pl.ds(problem.x_start(slot, box), problem.x_rows)
         ]
         plgpu.copy_gmem_to_smem(src, dst, smem.full.at[slot])
 
     def copy_w(slot: jax.Array, box: int, k: jax.Array, row: jax.Array, column: jax.Array) -> None:
         ks, columns = pl.ds(k, config.tile_k), pl.ds(column, config.half)
-        dst = _names(smem.w, len(problem.w_ring.names()))[-1].at[slot, box]
+        dst = names_of(smem.w, len(problem.w_ring.names()))[-1].at[slot, box]
         axes = "pair" if config.multicast > 1 else None
         copy = functools.partial(plgpu.copy_gmem_to_smem, barrier=smem.full.at[slot], collective_axes=axes)
         if config.gated:  # gates, and then the values beside them
@@ -399,24 +247,24 @@ def _produce(problem: _Problem, x_gmem: _Ref, w_gmem: _Ref, smem: types.SimpleNa
 
 
 def _consume(
-    problem: _Problem, smem: types.SimpleNamespace, out_gmem: _Ref, in_global: tuple[_Ref, ...]
+    problem: Problem, smem: types.SimpleNamespace, out_gmem: Ref, in_global: tuple[Ref, ...]
 ) -> None:
     """Multiplies, merges and stores this warpgroup's rows of every tile."""
     wg, config = lax.axis_index("wg"), problem.config
-    x_src = _names(smem.x, len(problem.x_ring.names()))[0]
-    w_src = _names(smem.w, len(problem.w_ring.names()))[0]
+    x_src = names_of(smem.x, len(problem.x_ring.names()))[0]
+    w_src = names_of(smem.w, len(problem.w_ring.names()))[0]
     out_names = len(problem.out_ring.names())
     if problem.shares:
-        saved, *out_smem = _names(smem.saved_and_out, 1 + out_names)
+        saved, *out_smem = names_of(smem.saved_and_out, 1 + out_names)
     else:
-        saved, out_smem = getattr(smem, "saved", None), list(_names(smem.out, out_names))
-    homes = _homes(problem, saved, in_global)
-    exchange = _Exchange(problem, smem, in_global) if config.split > 1 else None
+        saved, out_smem = getattr(smem, "saved", None), list(names_of(smem.out, out_names))
+    homes = homes_of(problem, saved, in_global)
+    exchange = Exchange(problem, smem, in_global) if config.split > 1 else None
 
     # Not a constant to the compiler: it would unroll a short loop, and mix up what waits in which registers.
     leaf_steps = lax.optimization_barrier(jnp.int32(problem.leaf_steps))
 
-    def multiply(acc: _Ref, count: jax.Array) -> jax.Array:
+    def multiply(acc: Ref, count: jax.Array) -> jax.Array:
         """Adds one stage's product to acc, in the background, and returns the stage's slot."""
         slot = lax.rem(count, jnp.int32(config.stages))
         plgpu.barrier_wait(smem.full.at[slot])
@@ -431,13 +279,13 @@ def _consume(
         plgpu.wgmma_wait(config.boxes)
         plgpu.barrier_arrive(smem.empty.at[last])
 
-    def run_leaf(count: jax.Array, begun: Callable[[], None], ended: Callable[[_Ref, jax.Array], Any]) -> Any:
+    def run_leaf(count: jax.Array, begun: Callable[[], None], ended: Callable[[Ref, jax.Array], Any]) -> Any:
         """Runs the leaf whose first step is `count`, and leaves its last step in the background.
 
         `begun` is called when the first step is under way. Returns ended(accumulator, slot of the last step).
         """
 
-        def run(acc: _Ref) -> Any:
+        def run(acc: Ref) -> Any:
             def step(i: jax.Array, last: jax.Array) -> jax.Array:
                 slot = multiply(acc, count + i)
                 free_when_read(last)
@@ -450,15 +298,15 @@ def _consume(
         acc = plgpu.ACC((config.tile_m, config.tile_n), jnp.float32)  # fresh, and so zero, for every leaf
         return pl.run_scoped(run, acc)
 
-    def run_group(count: jax.Array, begun: Callable[[], None]) -> _Value:
-        """The sum of a group of leaves, which wait for one another in registers.
+    def run_group(count: jax.Array, begun: Callable[[], None], leaves: int = problem.group) -> Value:
+        """The sum of a group of leaves, or of a cut tile's, which wait for one another in registers.
 
         All but the last are looked at only when the next one has begun: the tensor cores do not wait for the adds.
         """
-        waiting: list[_Value] = []  # complete subtrees whose right sibling has to come, the largest first
+        waiting: list[Value] = []  # complete subtrees whose right sibling has to come, the largest first
 
-        def add_up(index: int, product: jax.Array) -> _Value:
-            value = _columns(product, config.block)
+        def add_up(index: int, product: jax.Array) -> Value:
+            value = columns_of(product, config.block)
             while index & 1:
                 value = [left + right for left, right in zip(waiting.pop(), value, strict=True)]
                 # Added up here and now: the compiler would else put it off, and keep both accumulators until then.
@@ -467,9 +315,9 @@ def _consume(
             waiting.append(value)
             return value
 
-        def leaf(index: int, begun: Callable[[], None]) -> _Value:
-            def ended(acc: _Ref, last: jax.Array) -> _Value:
-                if index + 1 == problem.group:
+        def leaf(index: int, begun: Callable[[], None]) -> Value:
+            def ended(acc: Ref, last: jax.Array) -> Value:
+                if index + 1 == leaves:
                     product = acc[...]
                     plgpu.barrier_arrive(smem.empty.at[last])
                     return add_up(index, product)
@@ -484,7 +332,7 @@ def _consume(
 
         return leaf(0, begun)
 
-    def finish(value: _Value, row: jax.Array, column: jax.Array, tiles: jax.Array) -> None:
+    def finish(value: Value, row: jax.Array, column: jax.Array, tiles: jax.Array) -> None:
         if config.gated:
             value = _gate(value, problem.out_dtype)
         if exchange is not None:
@@ -536,14 +384,31 @@ def _consume(
         count, held = lax.fori_loop(0, groups, group, (count, held))
         return count, tiles + 1, held
 
+    def cut_tile(count: jax.Array, begun: Callable[[], None]) -> None:
+        # Code of its own, which runs once: the loop over the whole tiles stays as short, and as quick to fetch.
+        value = run_group(count, begun, problem.cut_leaves)
+        row, column = problem.cut_place()
+        value = Exchange(problem, smem, in_global).join_once(value)
+        column = column + lax.axis_index("part") * config.out_columns
+        _store(problem, value, out_smem, out_gmem, row + wg * config.tile_m, column)
+
     zero = lax.optimization_barrier(jnp.int32(0))
     if not config.overlap:
-        _, tiles = problem.walk(tile_at_once, (zero, zero))
+        count, tiles = problem.walk(tile_at_once, (zero, zero))
+        held = None
     else:
-        none = _columns(jnp.zeros((config.tile_m, config.tile_n), jnp.float32), config.block)
-        held = _Held(none, zero, zero, zero, zero)
-        count, tiles, held = problem.walk(tile_in_groups, (zero, zero, held))
-        pl.when(count > 0)(lambda: climb(0, held))
+        none = columns_of(jnp.zeros((config.tile_m, config.tile_n), jnp.float32), config.block)
+        nothing = _Held(none, zero, zero, zero, zero)
+        count, tiles, held = problem.walk(tile_in_groups, (zero, zero, nothing))
+
+    def end() -> None:
+        if held is not None:
+            pl.when(count > 0)(lambda: climb(0, held))
+
+    if problem.cut_tiles:
+        lax.cond(problem.has_cut_tile(), lambda: cut_tile(count, end), end)
+    else:
+        end()
     if exchange is not None:
         exchange.drain(tiles)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -558,18 +423,14 @@ def _consume(
 class _Held:
     """A group's sum that has not climbed yet: its place in the tile, the tile, and how many tiles came before."""
 
-    value: _Value
+    value: Value
     group: jax.Array
     row: jax.Array
     column: jax.Array
     tiles: jax.Array
 
 
-def _columns(value: jax.Array, width: int) -> _Value:
-    return [value[:, i : i + width] for i in range(0, value.shape[1], width)]
-
-
-def _gate(value: _Value, dtype: Any) -> _Value:
+def _gate(value: Value, dtype: Any) -> Value:
     """SwiGLU of the first half of the columns, the gates, and the second."""
     rounded = [block.astype(dtype).astype(jnp.float32) for block in value]
     count = len(rounded) // 2
@@ -577,13 +438,13 @@ def _gate(value: _Value, dtype: Any) -> _Value:
 
 
 def _store(
-    problem: _Problem, value: _Value, out_smem: list[_Ref], out_gmem: _Ref, row: jax.Array, column: jax.Array
+    problem: Problem, value: Value, out_smem: list[Ref], out_gmem: Ref, row: jax.Array, column: jax.Array
 ) -> None:
     """Rounds a warpgroup's rows once and stores them through shared memory, block by block."""
     wg = lax.axis_index("wg")
     staged, src = out_smem[0], out_smem[-1]  # the warpgroups' name and TMA's
     _, slots, height, width = problem.out_ring.shape
-    blocks = [block for wide in value for block in _columns(wide.astype(problem.out_dtype), width)]
+    blocks = [block for wide in value for block in columns_of(wide.astype(problem.out_dtype), width)]
     for i, block in enumerate(blocks):
         slot = i % slots
         # Wait for the last copy out of this slot. The last tile's last copy may be that, or else one of the two last.
@@ -593,134 +454,6 @@ def _store(
         plgpu.commit_smem()
         dst = out_gmem.at[pl.ds(row, height), pl.ds(column + i * width, width)]
         plgpu.copy_smem_to_gmem(src.at[wg, slot], dst)
-
-
-class _Home(Protocol):
-    """Where a block of a subtree waits for its sibling. Every thread reads what it wrote itself: no fence is needed."""
-
-    def keep(self, block: jax.Array) -> None: ...
-
-    def take(self) -> jax.Array: ...
-
-
-@dataclasses.dataclass(frozen=True)
-class _SharedHome:
-    """Shared memory of this warpgroup alone."""
-
-    ref: _Ref
-
-    def keep(self, block: jax.Array) -> None:
-        self.ref[...] = block
-
-    def take(self) -> jax.Array:
-        return plgpu.load(self.ref, layout=plgpu.Layout.WGMMA)
-
-
-@dataclasses.dataclass(frozen=True)
-class _GlobalHome:
-    """Global memory of this warpgroup alone, [block / _LINE, tile_m, _LINE]; it stays in L2."""
-
-    ref: _Ref
-
-    def keep(self, block: jax.Array) -> None:
-        _store_lines(self.ref, block)
-
-    def take(self) -> jax.Array:
-        return _load_lines(self.ref, self.ref.shape[0])
-
-
-def _store_lines(ref: _Ref, block: jax.Array) -> None:
-    for i, line in enumerate(_columns(block, _LINE)):
-        ref.at[i][...] = line
-
-
-def _load_lines(ref: _Ref, count: int) -> jax.Array:
-    load = functools.partial(plgpu.load, layout=plgpu.Layout.WGMMA, optimized=False)
-    return jnp.concatenate([load(ref.at[i]) for i in range(count)], axis=1)
-
-
-def _homes(problem: _Problem, saved: _Ref | None, in_global: tuple[_Ref, ...]) -> list[list[_Home]]:
-    """The homes of each level's blocks. The lowest are used most, and get the nearest."""
-    wg, config = lax.axis_index("wg"), problem.config
-    homes: list[_Home] = []
-    if saved is not None:
-        homes += [_SharedHome(saved.at[i, wg]) for i in range(config.shared_blocks(problem.leaves))]
-    if count := config.global_blocks(problem.leaves):
-        cta = (lax.axis_index("cluster") * config.multicast + lax.axis_index("pair")) * config.split
-        mine = in_global[0].at[cta + lax.axis_index("part")]
-        homes += [_GlobalHome(mine.at[i, wg]) for i in range(count)]
-    return [homes[i * problem.blocks : (i + 1) * problem.blocks] for i in range(problem.levels)]
-
-
-class _Exchange:
-    """Gives every CTA of a cluster the sums that all of them have for its share of the columns.
-
-    They go through global memory, where they stay in L2: stores into another CTA's shared memory, 8 bytes each with an
-    arrival of their own, took 4 to 25 us. `sent` says that everyone has written, `free` that everyone has read.
-    """
-
-    def __init__(self, problem: _Problem, smem: types.SimpleNamespace, in_global: tuple[_Ref, ...]):
-        cluster = lax.axis_index("cluster") * problem.config.multicast + lax.axis_index("pair")
-        self._parts, self._wg, self._part = (
-            in_global[-1].at[cluster],
-            lax.axis_index("wg"),
-            lax.axis_index("part"),
-        )
-        self._sent, self._free = smem.sent.at[self._wg], smem.free.at[self._wg]
-        self._split, self._width = problem.config.split, problem.config.out_columns
-
-    @staticmethod
-    def barriers(config: MosaicConfig) -> dict[str, Any]:
-        in_cluster = plgpu.ClusterBarrier(collective_axes=("part",), num_barriers=config.consumers)
-        return {"sent": in_cluster, "free": in_cluster}
-
-    @staticmethod
-    def parts(config: MosaicConfig, clusters: int) -> jax.ShapeDtypeStruct:
-        lines = (config.tile_n // _LINE, config.tile_m, _LINE)
-        shape = (clusters * config.multicast, config.split, config.consumers, *lines)
-        return jax.ShapeDtypeStruct(shape, jnp.float32)
-
-    def join(self, value: _Value, tiles: jax.Array) -> _Value:
-        """Shares a warpgroup's rows [tile_m, tile_n] and returns the total of this CTA's columns."""
-        pl.when(tiles > 0)(lambda: plgpu.barrier_wait(self._free))
-        _fence()
-        mine = self._parts.at[self._part, self._wg]
-        lines = value[0].shape[1] // _LINE
-        for i, block in enumerate(value):
-            _store_lines(mine.at[pl.ds(i * lines, lines)], block)
-        self._arrive(self._sent)
-        plgpu.barrier_wait(self._sent)
-        _fence()
-        lines = self._width // _LINE
-        share = pl.ds(self._part * lines, lines)
-        parts = [_load_lines(self._parts.at[i, self._wg, share], lines) for i in range(self._split)]
-        total = tree_join(parts)
-        self._arrive(self._free)
-        return [total]
-
-    def _arrive(self, barrier: _Ref) -> None:
-        plgpu.commit_smem()  # the whole warpgroup: one of its threads arrives for all
-        _fence()
-        plgpu.barrier_arrive(barrier)
-
-    def drain(self, tiles: jax.Array) -> None:
-        """Sees the last arrivals: no barrier may go away while one is pending."""
-        pl.when(tiles > 0)(lambda: plgpu.barrier_wait(self._free))
-
-
-@plgpu.inline_mgpu()
-def _fence(_: Any) -> None:
-    """Orders this thread's accesses to global memory before and after it, for all threads of the GPU."""
-    llvm.inline_asm(None, [], "fence.acq_rel.gpu;", "~{memory}", has_side_effects=True)
-
-
-def _tiled(swizzle: int, itemsize: int) -> tuple[Any, Any]:
-    tiling, transform = (8, swizzle // itemsize), plgpu.SwizzleTransform(swizzle)  # type: ignore[abstract]
-    return plgpu.TilingTransform(tiling), transform  # type: ignore[abstract]
-
-
-def _swizzle(columns: int, itemsize: int) -> int:
-    return plgpu.find_swizzle(8 * itemsize * columns)
 
 
 def _interpreted_clusters(config: MosaicConfig) -> int:

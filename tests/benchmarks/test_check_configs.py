@@ -96,6 +96,16 @@ def test_cases_are_what_the_kernel_covers_and_do_not_change():
     assert {case.dtype for case in drawn} == {"bfloat16", "float16"}
 
 
+def test_the_cases_have_cut_last_rounds_of_every_number_of_leaves():
+    cut = [c.leaves for c in layer_cases(0) + random_cases(48, 0) if any_last_split(c)]
+    assert set(cut) == {2, 4, 8}
+    assert not any_last_split(dataclasses.replace(CASE, leaves=1))
+
+
+def any_last_split(case):
+    return any(config.last_split > 1 for config in check_configs.configs_of(case))
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_inputs_are_of_their_kind(dtype):
     made = {}

@@ -10,7 +10,7 @@ import pytest
 from benchmarks import device_time, tune_matmul
 from benchmarks.matmul_bits import reference_config
 from benchmarks.matmul_shapes import Layer
-from benchmarks.tune_matmul import Task, config_name, table_of, tune
+from benchmarks.tune_matmul import Log, Task, config_name, table_of, tune, with_all_fields
 
 A, B = {"tile_n": 64}, {"tile_n": 128}
 
@@ -61,6 +61,49 @@ def test_the_last_entry_is_that_of_the_most_measured_rows(few_rows_counts):
 def test_a_choice_of_the_rule_that_failed_is_replaced_and_a_shape_without_entries_is_left_out():
     points = [point(1, None, A), point(1, 1.0, A, k=128), point(1, None, None, k=256)]
     assert table_of(points) == {(64, 32, 1, False): ((1, A),)}
+
+
+FIELDS = ["consumers", "tile_n", "tile_k", "stages"]
+GOOD = {"consumers": 1, "tile_n": 64, "tile_k": 64, "stages": 2}
+
+
+def measured(**changes):
+    rows = [[list(GOOD.values()), 2.0, 1.5]]
+    lists = {"best": GOOD, "default": GOOD, "rows": rows, "thrown_out": {}, "failed": {}}
+    return point(16, 1.5, GOOD) | lists | changes
+
+
+def test_a_point_from_before_a_field_was_known_has_its_default():
+    wrong = {json.dumps(GOOD | {"stages": 3}): "1 of 2 differ"}
+    found = with_all_fields(measured(thrown_out=wrong), FIELDS)
+    config = reference_config(64, 1)
+    fields = json.loads(config_name(config))
+    assert fields["last_split"] == 1
+    assert found["best"] == found["default"] == fields
+    assert found["rows"] == [[list(fields.values()), 2.0, 1.5]]
+    assert found["thrown_out"] == {config_name(dataclasses.replace(config, stages=3)): "1 of 2 differ"}
+    assert with_all_fields(found, list(fields)) == found
+    assert with_all_fields(measured(best=None), FIELDS)["best"] is None
+
+
+@pytest.mark.parametrize("fields", [["warps", *FIELDS[1:]], FIELDS[1:]])
+def test_a_point_with_unknown_or_missing_fields_is_refused(fields):
+    with pytest.raises((TypeError, ValueError)):
+        with_all_fields(measured(), fields)
+
+
+def test_files_are_taken_over_if_their_fields_and_device_are_understood(tmp_path):
+    def log(fields, device="cpu"):
+        path = tmp_path / "earlier.json"
+        environment = {"device": device}
+        path.write_text(json.dumps({"environment": environment, "fields": fields, "points": [measured()]}))
+        return Log(tmp_path / "out.json", [path])
+
+    assert list(log(FIELDS).points) == [(64, 32, 1, False, 16)]
+    with pytest.raises(ValueError, match=r"earlier\.json has fields .*'warps'.* measure again without it"):
+        log(["warps", *FIELDS[1:]])
+    with pytest.raises(ValueError, match="has device H200, not cpu"):
+        log(FIELDS, "H200")
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@
 `benchmarks/check_tree_matmul.py`, `check_model.py` and `matrix.py` check the same at real sizes and keep the results.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -16,6 +17,7 @@ import tbik_jax
 from tbik_jax import SamplingParams, generate, make_mesh, synthetic, tree_matmul
 from tbik_jax.pallas_kernels import gated_matmul, swiglu_joint, tree_join
 from tbik_jax.pallas_kernels.common.backend import device_backend
+from tbik_jax.pallas_kernels.tree_matmul import mosaic_gpu
 from tbik_jax.pallas_kernels.tree_matmul.mosaic_gpu import MosaicConfig, tree_matmul_mosaic_gpu
 from tbik_jax.pallas_kernels.tree_matmul.triton import TritonConfig, choose_config, tree_matmul_triton
 from tests.helpers import assert_same_bits, cancelling, differing, normal, wide
@@ -95,6 +97,42 @@ def test_many_tiles_a_cta_and_little_depth(hopper, tile_n, leaves):
         expected = product(x, w, out_dtype=out_dtype, config=reference)
         for _ in range(3):  # a race need not show at once
             assert_same_bits(product(x, w, out_dtype=out_dtype, config=config), expected)
+
+
+#: Rows, columns, depth, leaves and the configuration: the last round has at most a tile for every cluster of two CTAs.
+LAST_ROUNDS = (
+    (1000, 5120, 4096, 8, MosaicConfig(consumers=2, tile_n=128, tile_k=64, stages=5, group=4, shared=2)),
+    (1024, 5104, 1024, 8, MosaicConfig(consumers=2, tile_n=128, tile_k=16, stages=4, group=4)),
+    (1000, 5120, 2048, 4, MosaicConfig(consumers=2, tile_n=128, tile_k=64, stages=6, group=4, overlap=False)),
+    (500, 5120, 256, 2, MosaicConfig(consumers=2, tile_n=128, tile_k=32, stages=6, group=1, shared=2)),
+    (
+        300,
+        5392,
+        256,
+        2,
+        MosaicConfig(consumers=1, tile_n=64, tile_k=16, boxes=2, stages=3, group=2, overlap=False),
+    ),
+    (4100, 2624, 1024, 8, MosaicConfig(consumers=2, tile_n=64, tile_k=64, stages=2, group=8, overlap=False)),
+)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("m", "n", "k", "leaves", "config"), LAST_ROUNDS)
+@pytest.mark.parametrize("make", [normal, wide, cancelling])
+def test_a_last_round_that_is_cut_over_clusters(hopper, make, m, n, k, leaves, config):
+    config = dataclasses.replace(config, last_split=2)
+    tiles = -(-m // config.rows) * -(-n // config.tile_n)
+    assert 0 < config.whole_tiles(tiles, mosaic_gpu._resident_clusters(2)) < tiles
+    rng = np.random.default_rng([7, m, n])
+    x, w = jnp.asarray(make(rng, (m, k), jnp.bfloat16)), jnp.asarray(normal(rng, (n, k), jnp.bfloat16))
+    product = functools.partial(tree_matmul_mosaic_gpu, x, w, transpose_rhs=True)
+    reference = MosaicConfig(consumers=1, tile_n=16, tile_k=16, stages=2)
+    for out_dtype in (jnp.float32, jnp.bfloat16):
+        expected = product(leaves=leaves, out_dtype=out_dtype, config=reference)
+        for _ in range(3):  # a race need not show at once
+            assert_same_bits(product(leaves=leaves, out_dtype=out_dtype, config=config), expected)
+    # twin: half of the leaves are another order
+    assert differing(product(leaves=leaves // 2, out_dtype=out_dtype, config=reference), expected) > 0
 
 
 @pytest.mark.gpu

@@ -69,9 +69,9 @@ def test_there_are_candidates_for_every_shape_and_all_can_run(shape):
 
 @slowly
 @given(shape=shapes)
-def test_the_first_candidates_differ_in_split_or_width(shape):
+def test_the_first_candidates_differ_in_split_or_last_split_or_width(shape):
     """So the tuner sees something of everything when it may try only a few."""
-    kinds = [(config.split, config.tile_n) for config in candidates(shape)]
+    kinds = [(config.split, config.last_split, config.tile_n) for config in candidates(shape)]
     count = len(set(kinds))
     assert len(set(kinds[:count])) == count
 
@@ -134,7 +134,62 @@ def test_leaves_are_spread_over_a_cluster_only_where_there_are_few_rows(shape):
     m, _, _, leaves, _ = shape
     for config in candidates(shape):
         assert config.kind == ("serial" if config.split == 1 else "cluster")
-        assert config.split == 1 or (m <= 512 and config.split <= leaves)
+        assert config.split == 1 or (m <= (1024 if config.split == 2 else 512) and config.split <= leaves)
+    # Of more rows than the estimate was fitted to, for the tuner alone.
+    assert candidates(shape)[0].split == 1 or m <= 512
+
+
+#: The tiles of 128 x 128 of 1024 rows and as many columns, on 132 CTAs or 66 clusters of two.
+@pytest.mark.parametrize(
+    ("tiles", "clusters", "whole"),
+    [
+        (320, 66, 264),  # 56 of the last round
+        (198, 66, 132),
+        (199, 66, 199),  # more than one for every cluster
+        (132, 66, 132),
+        (264, 66, 264),
+        (40, 66, 0),
+        (40, 40, 0),
+        (3, 1, 2),
+    ],
+)
+def test_the_tiles_of_a_last_round_are_cut_if_every_cluster_has_at_most_one(tiles, clusters, whole):
+    assert config(last_split=2).whole_tiles(tiles, clusters) == whole
+    assert config().whole_tiles(tiles, clusters) == tiles
+
+
+@slowly
+@given(tiles=st.integers(1, 2000), clusters=st.integers(1, 132))
+def test_every_tile_is_whole_or_cut_and_the_ctas_of_a_cluster_have_as_many(tiles, clusters):
+    clusters = min(tiles, clusters)
+    whole = config(last_split=2).whole_tiles(tiles, clusters)
+    assert 0 <= tiles - whole <= clusters
+    if whole < tiles:  # whoever meets must have come equally far
+        assert whole % (2 * clusters) == 0
+
+
+def test_the_rule_cuts_a_last_round_that_is_at_most_half_full():
+    for k, leaves in ((25600, 8), (12800, 4), (6400, 2)):
+        assert choice((1024, 5120, k, leaves, False), UNKNOWN).last_split == 2
+    assert choice((1024, 5120, 3200, 1, False), UNKNOWN).last_split == 1
+    # 256 tiles: 124 of the last round. Half of a tile for each CTA would be as long as a tile for each.
+    assert not any(c.last_split > 1 and c.tile_n == 128 for c in candidates((1024, 4096, 4096, 8, False)))
+
+
+@slowly
+@given(shape=shapes)
+def test_a_last_round_is_cut_only_after_a_whole_one(shape):
+    m, n, *_ = shape
+    for config in candidates(shape):
+        tiles = -(-m // config.rows) * -(-n // config.tile_n)
+        assert config.last_split == 1 or (m > 256 and 0 < config.whole_tiles(tiles, 66) < tiles)
+
+
+def test_the_tuner_sees_other_snakes_of_the_best_guess_where_there_are_many_rows():
+    for m in (1000, 1024, 4096):
+        found = candidates((m, 5120, 8192, 8, False))
+        snakes = {c.snake for c in found if dataclasses.replace(c, snake=8) == found[0]}
+        assert found[0].snake == 8 and snakes == ({8} if m == 1000 else {4, 8, 16})
 
 
 def test_the_rule_spreads_the_leaves_of_few_tiles():
@@ -180,8 +235,15 @@ def test_shared_memory_is_that_of_the_stages_the_output_and_what_waits():
     # What waits and the output share their memory, ...
     saved = 2 * 128 * 64 * 4
     assert config(shared=2).smem_bytes(4096, 2) == stages + saved + barriers
-    # ... but not in a cluster.
+    # ... but not in a cluster, but for one that shares only the last round.
     assert config(shared=2, split=2).smem_bytes(4096, 4) == stages + saved + staged + barriers
+    assert config(shared=2, last_split=2).smem_bytes(4096, 2) == stages + saved + barriers
+
+
+def test_the_staged_output_is_no_wider_than_what_a_cta_stores_of_a_cut_tile():
+    assert config(tile_n=64).staged(2, 2) == (1, 64)
+    assert config(tile_n=64, last_split=2).staged(2, 2) == (2, 32)
+    assert config(last_split=2).staged(2, 2) == config().staged(2, 2) == (2, 64)
 
 
 def test_with_stages_takes_as_many_as_fit():

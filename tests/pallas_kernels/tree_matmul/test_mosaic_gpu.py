@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tbik_jax.pallas_kernels.tree_matmul import mosaic_gpu
+from tbik_jax.pallas_kernels.tree_matmul import mosaic_gpu, mosaic_sums
 from tbik_jax.pallas_kernels.tree_matmul.config import SMEM_BYTES
 from tbik_jax.pallas_kernels.tree_matmul.mosaic_gpu import MosaicConfig, tree_matmul_mosaic_gpu
 from tests.helpers import assert_same_bits, differing
@@ -173,6 +173,69 @@ def test_clusters_never_show_in_the_bits(m, n, leaf, leaves, transpose_rhs, conf
     assert_in_order(config, m, n, leaf, leaves, transpose_rhs, BF16, out_dtype)
 
 
+#: (whole, cut) tiles of two clusters of two CTAs: at most two can be cut, one for each cluster.
+LAST_ROUNDS = [
+    # Ragged rows and columns; sums wait in shared memory where the output goes.
+    ((4, 2), (70, 96, 32, 8, False, small(group=4, shared=1), F32)),
+    ((8, 1), (130, 80, 16, 8, True, small(group=4, stages=3), BF16)),  # ... and in global memory
+    ((12, 2), (200, 208, 32, 4, False, small(consumers=2, group=2, shared=1, boxes=2), BF16)),
+    # One group is a whole tile, and half of a group a cut one.
+    ((4, 1), (3, 160, 48, 4, True, small(group=4, overlap=False), F32)),
+    ((4, 1), (17, 320, 64, 2, False, small(tile_n=64, tile_k=64, group=2, overlap=False), F32)),
+    ((4, 2), (65, 96, 16, 8, True, small(group=8, overlap=False, snake=2, snake_rows=True), F16)),
+    ((8, 2), (65, 160, 16, 2, False, small(group=1, shared=1), F32)),
+    # No round before it; and three tiles for two clusters, which are a whole round.
+    ((0, 2), (5, 64, 32, 8, False, small(group=4, shared=1, boxes=2), F32)),
+    ((3, 0), (5, 96, 16, 4, True, small(group=2), F32)),
+]
+
+
+def last_round_cut(config):
+    return dataclasses.replace(config, last_split=2, tile_n=max(32, config.tile_n))
+
+
+def tiles_of(config, m, n):
+    tiles = -(-m // config.rows) * -(-n // config.tile_n)
+    whole = config.whole_tiles(tiles, min(tiles, mosaic_gpu._interpreted_clusters(config)))
+    return whole, tiles - whole
+
+
+@pytest.mark.parametrize(("tiles", "case"), LAST_ROUNDS)
+def test_a_last_round_that_is_cut_never_shows_in_the_bits(tiles, case):
+    m, n, leaf, leaves, transpose_rhs, config, out_dtype = case
+    config = last_round_cut(config)
+    assert tiles_of(config, m, n) == tiles
+    assert_in_order(config, m, n, leaf, leaves, transpose_rhs, BF16, out_dtype)
+
+
+@pytest.mark.parametrize("clusters", [1, 3])
+def test_the_clusters_that_run_at_once_decide_which_tiles_are_cut_and_no_bit(monkeypatch, clusters):
+    monkeypatch.setattr(mosaic_gpu, "_interpreted_clusters", lambda _: clusters)
+    config = last_round_cut(small(group=4))
+    assert tiles_of(config, 130, 96) == {1: (8, 1), 3: (6, 3)}[clusters]
+    assert_in_order(config, 130, 96, 16, 8, True)
+
+
+def test_without_the_other_half_of_the_leaves_the_cut_tiles_alone_have_other_bits(monkeypatch):
+    """So a last round is cut, and the tests above see what goes wrong there."""
+    m, n, leaf, leaves = 70, 96, 16, 4
+    config = last_round_cut(small(group=2))
+    assert tiles_of(config, m, n) == (4, 2)
+    x, w = operands_with_exact_leaves(m, n, leaf * leaves, leaves)
+    with monkeypatch.context() as patch:
+        patch.setattr(mosaic_sums, "tree_join", lambda parts: parts[0])
+        jax.clear_caches()
+        out = np.asarray(interpreted(x, w, leaves, config=config))
+    jax.clear_caches()
+    expected = in_order(x, w, leaves)
+    same = [
+        [differing(out[i : i + 64, j : j + 32], expected[i : i + 64, j : j + 32]) == 0 for j in (0, 32, 64)]
+        for i in (0, 64)
+    ]
+    assert sum(map(sum, same)) == 4
+    assert_same_bits(interpreted(x, w, leaves, config=config), expected)
+
+
 @pytest.mark.parametrize(("dtype", "leaves"), [(BF16, 4), (BF16, 8), (F16, 4)])
 def test_the_inputs_show_the_order_of_the_adds(dtype, leaves):
     """What the tests above compare with is none of the orders that a wrong kernel might have."""
@@ -230,6 +293,8 @@ WHOLE = MosaicConfig(consumers=2, tile_n=128, tile_k=64, stages=4)
         (100, 4096, 4096, 8, dataclasses.replace(WHOLE, split=2, group=2)),
         (16, 4096, 4096, 8, dataclasses.replace(WHOLE, split=8, consumers=1, boxes=2, overlap=False)),
         (300, 4096, 4096, 4, dataclasses.replace(WHOLE, multicast=2, split=2, shared=1)),
+        (1024, 5120, 4096, 8, dataclasses.replace(WHOLE, last_split=2, group=4, shared=2)),
+        (1024, 5120, 4096, 4, dataclasses.replace(WHOLE, last_split=2, group=4, overlap=False)),
     ],
 )
 @pytest.mark.parametrize("transpose_rhs", [False, True])
@@ -284,6 +349,32 @@ def test_refuses_operands_that_it_does_not_cover(case, message):
             {"group": 2, "overlap": False, "split": 2, "tile_n": 32},
             {"leaves": 8, "k": 128},
             "overlap=False needs a group of 4 leaves, not 2",
+        ),
+        (
+            {"last_split": 4},
+            {"leaves": 4},
+            "last_split=4 with split=1, multicast=1 and gated=False; use 1, or 2",
+        ),
+        (
+            {"last_split": 2, "split": 2, "tile_n": 64, "group": 2},
+            {"leaves": 4},
+            "last_split=2 with split=2, multicast=1 and gated=False; use 1, or 2 without the others",
+        ),
+        ({"last_split": 2, "multicast": 2}, {"leaves": 2}, "last_split=2 with split=1, multicast=2"),
+        (
+            {"last_split": 2},
+            {},
+            "last_split=2 needs two leaves or more and a group of half of them, not leaves=1",
+        ),
+        (
+            {"last_split": 2, "group": 2, "tile_n": 32},
+            {"leaves": 8, "k": 128},
+            "a group of half of them, not leaves=8 and group=2",
+        ),
+        (
+            {"last_split": 2, "tile_n": 48},
+            {"leaves": 2},
+            "last_split=2 leaves 24 columns of tile_n=48 to each part; use a multiple of 32",
         ),
         ({"multicast": 3}, {}, "multicast=3 with split=1; use 1 or 2"),
         (
@@ -375,10 +466,11 @@ def test_a_gated_product_is_the_swiglu_of_the_product(m, n, k, config):
         (64, 1, True, F32, "in float32; it needs .* out_dtype=bfloat16"),
         (64, 2, True, BF16, "gated=True needs one leaf, .* not leaves=2"),
         (64, 1, False, BF16, "transpose_rhs=False"),
+        (64, 2, True, BF16, "last_split=2 with split=1, multicast=1 and gated=True; use 1"),
     ],
 )
 def test_a_gated_product_that_is_not_covered(n, leaves, transpose_rhs, out_dtype, message):
     x, w = operands(5, n, 64, transpose_rhs=transpose_rhs)
-    config = small(tile_n=32)
+    config = small(tile_n=32, last_split=2 if "last_split" in message else 1)
     with pytest.raises(ValueError, match=message):
         interpreted(x, w, leaves, out_dtype, transpose_rhs=transpose_rhs, gated=True, config=config)

@@ -104,4 +104,7 @@ def test_shipped_tables_hold_configurations():
     for path in tuned.FOLDER.glob("*.json"):
         for key, entries in tuned.read_table(path).items():
             for most, config in entries:
-                assert config is None or set(config) == fields, f"{path.name} {key} up to {most} rows"
+                # Lines that were written before a cut last round was known leave it out.
+                where = f"{path.name} {key} up to {most} rows"
+                assert config is None or set(config) | {"last_split"} == fields, where
+                assert config is None or MosaicConfig(**config), where
