@@ -24,8 +24,11 @@ AxisName = str | Sequence[str]
 Transport = Literal["butterfly", "all_gather", "all_to_all"]
 TRANSPORTS: tuple[Transport, ...] = ("butterfly", "all_gather", "all_to_all")
 
-#: Bytes of fp32 partial sums a rank, up to which gathering all of them is quickest: one step, bound by latency.
-_GATHERED_BYTES = {2: 1 << 21, 4: 1 << 19, 8: 1 << 18}
+#: Bytes of fp32 partial sums a rank, up to which gathering all of them is quickest: one step, bound by latency. For two
+#: ranks measured on H200s with NVLink (benchmarks/results/collectives_speed_2xh200.json), for more of them estimated.
+_GATHERED_BYTES = {2: 1 << 20, 4: 1 << 19, 8: 1 << 18}
+#: Up to which recursive doubling is: with two ranks it moves as much as gathering, in a quicker protocol.
+_DOUBLED_BYTES = {2: 1 << 24}
 
 
 def axis_tuple(axis_name: AxisName) -> tuple[str, ...]:
@@ -46,7 +49,8 @@ def choose_transport(size: int, ranks: int) -> Transport:
     """
     if 4 * size <= _GATHERED_BYTES.get(ranks, 0):
         return "all_gather"
-    return "butterfly" if size % ranks else "all_to_all"
+    doubled = 4 * size <= _DOUBLED_BYTES.get(ranks, 0)
+    return "butterfly" if doubled or size % ranks else "all_to_all"
 
 
 def tree_psum(

@@ -125,6 +125,7 @@ def test_the_transport_follows_size_and_ranks_alone(ranks: int) -> None:
     assert choose_transport(1, ranks) == choose_transport(4096, ranks) == "all_gather"
     assert choose_transport(1 << 24, ranks) == "all_to_all"
     assert choose_transport((1 << 24) + 1, ranks) == "butterfly"
+    assert choose_transport(1 << 20, ranks) == ("butterfly" if ranks == 2 else "all_to_all")
 
 
 @pytest.mark.parametrize("shape", [(3, 50), (512, 1024), (513, 1023)])

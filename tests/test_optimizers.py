@@ -107,8 +107,8 @@ def test_master_weights_are_those_of_training_in_float32():
 
 def test_without_them_small_updates_are_lost():
     """The twin, and why one wants them."""
-    small = optax.sgd(1e-5)
-    assert differing(*(_walk(mixed_precision(small, master=m), 40)[0]["w"] for m in (True, False))) > 5
+    small = optax.sgd(1e-3)  # less than half of bfloat16's step at most of the numbers
+    assert differing(*(_walk(mixed_precision(small, master=m), 40)[0]["w"] for m in (True, False))) > 20
 
 
 def test_parameters_have_to_be_given():
