@@ -198,3 +198,52 @@ def _merge(left: Partial, right: Partial) -> Partial:
     maximum = max(left[0], right[0])
     a, b = exp(left[0] - maximum), exp(right[0] - maximum)
     return maximum, left[1] * a + right[1] * b, left[2] * a + right[2] * b
+
+
+def attention_lse(q: np.ndarray, k: np.ndarray, v: np.ndarray, *, block: int, scale: float) -> np.ndarray:
+    """Log-sum-exp of each query's scores, float32 [B, T, N], where all keys are one split; query t at position t."""
+    lse = np.empty(q.shape[:3], F32)
+    group = q.shape[2] // k.shape[2]
+    for b, t, head in np.ndindex(q.shape[:3]):
+        keys, values = k[b, : t + 1, head // group], v[b, : t + 1, head // group]
+        [(maximum, total, _)] = _splits(q[b, t, head], keys, values, block, q.shape[1] + block, F32(scale))
+        lse[b, t, head] = maximum + log(total)
+    return lse
+
+
+def attention_backward(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    out: np.ndarray,
+    lse: np.ndarray,
+    dout: np.ndarray,
+    *,
+    scale: float,
+    heads_last: bool = False,
+) -> tuple[np.ndarray, ...]:
+    """Gradients of causal attention, head by head, query by query and key by key; zero terms are left out.
+
+    With `heads_last` the sums over keys' queries take the other order: for each query all heads of the group.
+    """
+    group, factor = q.shape[2] // k.shape[2], F32(scale)
+    dq, dk, dv = (np.zeros(a.shape, F32) for a in (q, k, v))
+    turns = [(head, t) for head in range(group) for t in range(q.shape[1])]
+    for b, kv_head in np.ndindex(k.shape[0], k.shape[2]):
+        for i, t in sorted(turns, key=lambda turn: turn[::-1]) if heads_last else turns:
+            row = b, t, kv_head * group + i
+            query, gradient = q[row].astype(F32), dout[row].astype(F32)
+            delta = tree_sum(gradient * out[row].astype(F32))
+            keys, values = (a[b, : t + 1, kv_head].astype(F32) for a in (k, v))
+            scores, dweights = np.zeros(t + 1, F32), np.zeros(t + 1, F32)
+            for h in range(len(query)):
+                scores = scores + query[h] * keys[:, h]
+                dweights = dweights + gradient[h] * values[:, h]
+            weights = exp(scores * factor - lse[row])
+            dscores = flush(weights * (dweights - delta)).astype(q.dtype).astype(F32)
+            weights = weights.astype(q.dtype).astype(F32)
+            for s in range(t + 1):
+                dq[row] += dscores[s] * keys[s]
+            dk[b, : t + 1, kv_head] += dscores[:, None] * query
+            dv[b, : t + 1, kv_head] += weights[:, None] * gradient
+    return round_to(dq * factor, q.dtype), round_to(dk * factor, q.dtype), round_to(dv, q.dtype)
