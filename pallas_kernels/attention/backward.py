@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from ..common.backend import resolve_backend
+from ..common.backend import require_hopper, resolve_backend
 from ..common.gradient import inference_only
 from .api import attention_backend, check_attention, pad_cache
 from .backward_reference import attention_backward_reference
@@ -32,7 +32,7 @@ def attention_with_lse(
         positions: int32 [B, T], as `attention` takes them.
         scale: multiplies the scores; H**-0.5 by default.
         plan: block and split sizes; the default of `AttentionPlan`.
-        backend: "reference"; None chooses as `attention` does.
+        backend: "reference" or "mosaic_gpu"; None chooses as `attention` does.
 
     Returns:
         The output, [B, T, N, H] in q's dtype, and float32 [B, T, N]: maximum + log(total) of the online softmax.
@@ -43,9 +43,14 @@ def attention_with_lse(
     check_attention(q, k, v, positions)
     plan = AttentionPlan() if plan is None else plan
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    _resolve("attention_with_lse", backend, q, k)
-    k, v = pad_cache(k, v, -k.shape[1] % plan.block)
-    out, lse = attention_with_lse_reference(q, k, v, positions, plan=plan, scale=scale)
+    if _resolve("attention_with_lse", backend, q, k) == "mosaic_gpu":
+        from .mosaic_gpu import attention_mosaic_gpu  # imports the GPU lowering only where it is used
+
+        k, v = pad_cache(k, v, max(plan.block - k.shape[1], -k.shape[1] % 8))
+        out, lse = attention_mosaic_gpu(q, k, v, positions, plan=plan, scale=scale, with_lse=True)
+    else:
+        k, v = pad_cache(k, v, -k.shape[1] % plan.block)
+        out, lse = attention_with_lse_reference(q, k, v, positions, plan=plan, scale=scale)
     return inference_only(out, "attention_with_lse"), inference_only(lse, "attention_with_lse")
 
 
@@ -73,7 +78,8 @@ def attention_backward(
         lse: float32 [B, T, N], what it returned beside.
         dout: like q, the gradient of `out`.
         scale: what multiplied the scores; H**-0.5 by default.
-        backend: "reference"; None chooses by device, dtype, H and N / K.
+        backend: "reference" or "mosaic_gpu" (Hopper; bfloat16 and float16, H 64 or 128). None chooses as `attention`
+            does, so that both passes of a model have one backend.
 
     Returns:
         The gradients of q, k and v, each in its shape and dtype, rounded once.
@@ -83,8 +89,12 @@ def attention_backward(
     """
     _check_backward(q, k, v, out, lse, dout)
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    _resolve("attention_backward", backend, q, k)
-    gradients = attention_backward_reference(q, k, v, out, lse, dout, scale=scale)
+    if _resolve("attention_backward", backend, q, k) == "mosaic_gpu":
+        from .backward_mosaic_gpu import attention_backward_mosaic_gpu
+
+        gradients = attention_backward_mosaic_gpu(q, k, v, out, lse, dout, scale=scale)
+    else:
+        gradients = attention_backward_reference(q, k, v, out, lse, dout, scale=scale)
     dq, dk, dv = (inference_only(gradient, "attention_backward") for gradient in gradients)
     return dq, dk, dv
 
@@ -93,8 +103,11 @@ def _resolve(op: str, backend: str | None, q: jax.Array, k: jax.Array) -> str:
     if backend is None:
         chosen = resolve_backend(None, q.dtype)
         backend = attention_backend(chosen, head_dim=q.shape[3], group=q.shape[2] // k.shape[2])
-    if resolve_backend(backend, q.dtype) != "reference":
-        raise ValueError(f"{op} has no backend {backend!r}; use 'reference'")
+    backend = resolve_backend(backend, q.dtype)
+    if backend == "triton":
+        raise ValueError(f"{op} has no backend 'triton'; use 'reference', or None to choose")
+    if backend == "mosaic_gpu":
+        require_hopper(op)
     return backend
 
 
