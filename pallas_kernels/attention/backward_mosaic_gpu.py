@@ -28,8 +28,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from ..common.rounding import mul
-from ..common.tree import tree_sum
+from ..common import mosaic_rows as rows
 
 __all__ = ["attention_backward_mosaic_gpu", "refusal"]
 
@@ -39,6 +38,7 @@ _ROWS = 64  # of a warpgroup: keys in "dkv", queries in "dq"
 _QUERIES = 64  # a block of "dkv"
 _KEYS = 128  # a block of "dq"
 _CONSUMERS = 2
+_DELTAS = 64  # heads of queries whose delta a CTA computes
 _PRODUCER_REGISTERS = 24
 _NEG_INF = float("-inf")
 _L2_BYTES = 24_000_000  # that CTAs which run at the same time may walk
@@ -167,7 +167,7 @@ def _run(
     problem: _Problem,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     t, h = q.shape[1], problem.h
-    delta = tree_sum(mul(dout.astype(jnp.float32), out.astype(jnp.float32)))
+    delta = _delta(dout, out, problem.interpret)
     statistics = _statistics(lse * jnp.float32(math.log2(math.e)), delta, problem)
     if missing := problem.t - t:
         q, k, v, dout = (jnp.pad(a, ((0, 0), (0, missing), (0, 0), (0, 0))) for a in (q, k, v, dout))
@@ -212,6 +212,38 @@ def _run(
     gradients = [dq(*operands), *dkv(*operands)]
     dq, dk, dv = (gradient[:, :t] for gradient in gradients)
     return dq, dk, dv
+
+
+def _delta(dout: jax.Array, out: jax.Array, interpret: bool) -> jax.Array:
+    """`tree_sum(dout * out)` of each head, [B, T, N]; the products are exact."""
+    count, h = dout.size // dout.shape[3], dout.shape[3]
+    heads = [jnp.pad(a.reshape(count, h), ((0, max(0, _DELTAS - count)), (0, 0))) for a in (dout, out)]
+    delta = plgpu.kernel(
+        functools.partial(_delta_kernel, interpret),
+        out_type=jax.ShapeDtypeStruct((heads[0].shape[0],), jnp.float32),
+        grid=(pl.cdiv(count, _DELTAS),),
+        grid_names=("tile",),
+        num_threads=1,
+        thread_name="wg",
+        kernel_name="attention_backward_delta",
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
+        interpret=rows.interpreted(interpret),
+    )(*heads)
+    return delta[:count].reshape(dout.shape[:3])
+
+
+def _delta_kernel(interpret: bool, dout_gmem: _Ref, out_gmem: _Ref, delta_gmem: _Ref) -> None:
+    half = dout_gmem.shape[1] // 2
+    layout = rows.head_layout(rows.heads_at_once(_DELTAS, half), half)
+    # The last tile overlaps its neighbour, and both write the same values there.
+    heads = pl.ds(jnp.minimum(lax.axis_index("tile") * _DELTAS, dout_gmem.shape[0] - _DELTAS), _DELTAS)
+
+    def load(ref: _Ref, start: int) -> jax.Array:
+        return plgpu.load(ref.at[heads, pl.ds(start, half)], layout=layout, optimized=False)
+
+    loaded = [(load(dout_gmem, start), load(out_gmem, start)) for start in (0, half)]
+    first, second = (a.astype(jnp.float32) * b.astype(jnp.float32) for a, b in loaded)
+    delta_gmem.at[heads][...] = rows.sums_of_heads(first, second, layout, interpret=interpret)
 
 
 def _statistics(lse: jax.Array, delta: jax.Array, problem: _Problem) -> jax.Array:
@@ -282,7 +314,9 @@ def _dkv_kernel(
     def _() -> None:
         plgpu.set_max_registers(_consumer_registers(), action="increase")
         kw, vw = smem.k.at[wg], smem.v.at[wg]
-        own = pair * (_CONSUMERS * _ROWS // _QUERIES) + wg  # the block of queries that stand beside these keys
+        own = (
+            pair * (_CONSUMERS * _ROWS // _QUERIES) + wg
+        )  # the block of queries that stand beside these keys
 
         def mask(scores: jax.Array, block: jax.Array) -> jax.Array:
             def masked(scores: jax.Array) -> jax.Array:
@@ -407,9 +441,7 @@ def _dq_kernel(
 
         def walk(dq_acc: _Ref) -> None:
             plgpu.barrier_wait(smem.q_full.at[wg])
-            lse, delta = (
-                plgpu.load(statistics.at[i], layout=plgpu.Layout.WGMMA.reduce(1)) for i in range(2)
-            )
+            lse, delta = (plgpu.load(statistics.at[i], layout=plgpu.Layout.WGMMA.reduce(1)) for i in range(2))
 
             def step(block: jax.Array, _: None) -> None:
                 slot = lax.rem(block, jnp.int32(stages))
@@ -421,9 +453,7 @@ def _dq_kernel(
                     plgpu.barrier_wait(smem.v_full.at[slot])
                     _multiply(problem, dp_acc, dw, vb.transpose((1, 0)), first=True)
                     scores = mask(_read(problem, s_acc, 1), block)
-                    weights = jnp.exp2(
-                        scores * problem.factor - lax.broadcast_in_dim(lse, scores.shape, [0])
-                    )
+                    weights = jnp.exp2(scores * problem.factor - lax.broadcast_in_dim(lse, scores.shape, [0]))
                     dweights = _read(problem, dp_acc, 0)
                     plgpu.barrier_arrive(smem.v_empty.at[slot])
                     dscores = weights * (dweights - lax.broadcast_in_dim(delta, scores.shape, [0]))

@@ -556,10 +556,9 @@ def _run_tiles(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, p
         "q_full": plgpu.Barrier(num_arrivals=problem.parts, num_barriers=consumers),
         "joined": problem.sums(consumers, ROWS, shape.h),
     }
-    if problem.with_lse:  # of whole tiles, a head's queries next to each other
-        tiles = (shape.b, q.shape[2], pl.cdiv(shape.t, ROWS) * ROWS)
-        out.append(jax.ShapeDtypeStruct(tiles, jnp.float32))
-        scratch["lse"] = plgpu.SMEM((consumers, ROWS), jnp.float32)
+    if problem.with_lse:  # of whole tiles, and of the one that may be too many; no copy clips these stores
+        rows = (pl.cdiv(shape.t, ROWS) + 1) * ROWS
+        out.append(jax.ShapeDtypeStruct((shape.b, q.shape[2], rows), jnp.float32))
     kernel = problem.kernel(
         _tiles_kernel,
         "tiles",
@@ -643,9 +642,8 @@ def _tiles_kernel(
         values = plgpu.load(joined_smem, layout=plgpu.Layout.WGMMA)
         out = _normalise(joined, values, problem.dtype)
         for lse in lse_gmem:  # one, or none
-            smem.lse.at[wg][...] = (joined.maximum + jnp.log2(joined.total)) * math.log(2)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(smem.lse.at[wg], lse.at[row, head, pl.ds(first, ROWS)])
+            value = (joined.maximum + jnp.log2(joined.total)) * math.log(2)
+            lse.at[row, head, pl.ds(first, ROWS)][...] = value
         _store(
             problem, out, (q_smem.at[wg], q_plain.at[wg]), out_gmem.at[row, pl.ds(first, ROWS), head], ROWS
         )
