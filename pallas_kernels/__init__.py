@@ -6,6 +6,7 @@ function re-exported here; it chooses the backend by device, or takes `backend=`
 """
 
 from .attention.api import AttentionPlan, attention
+from .attention.backward import attention_backward, attention_with_lse
 from .common.tree import tree_join, tree_sum
 from .embedding.api import embedding
 from .gated_matmul.api import gated_matmul
@@ -24,6 +25,8 @@ __all__ = [
     "ContractionPlan",
     "add_rms_norm",
     "attention",
+    "attention_backward",
+    "attention_with_lse",
     "embedding",
     "exp_sum",
     "gated_matmul",

@@ -49,7 +49,7 @@ def attention(
     Raises:
         ValueError: shapes or dtypes that do not fit, or a backend that cannot run here or does not cover them.
     """
-    _check(q, k, v, positions)
+    check_attention(q, k, v, positions)
     plan = AttentionPlan() if plan is None else plan
     scale = q.shape[3] ** -0.5 if scale is None else scale
     if backend is None:
@@ -60,10 +60,10 @@ def attention(
     if backend == "mosaic_gpu":
         from .mosaic_gpu import attention_mosaic_gpu  # imports the GPU lowering only where it is used
 
-        k, v = _pad(k, v, max(plan.block - k.shape[1], -k.shape[1] % 8))
+        k, v = pad_cache(k, v, max(plan.block - k.shape[1], -k.shape[1] % 8))
         out = attention_mosaic_gpu(q, k, v, positions, plan=plan, scale=scale)
     else:
-        k, v = _pad(k, v, -k.shape[1] % plan.block)
+        k, v = pad_cache(k, v, -k.shape[1] % plan.block)
         out = attention_reference(q, k, v, positions, plan=plan, scale=scale)
     return inference_only(out, "attention")
 
@@ -80,7 +80,7 @@ def attention_backend(backend: str, *, head_dim: int, group: int) -> str:
     return "mosaic_gpu" if covered else "reference"
 
 
-def _pad(k: jax.Array, v: jax.Array, missing: int) -> tuple[jax.Array, jax.Array]:
+def pad_cache(k: jax.Array, v: jax.Array, missing: int) -> tuple[jax.Array, jax.Array]:
     """Appends `missing` zeros that no query sees."""
     if missing <= 0:
         return k, v
@@ -88,7 +88,7 @@ def _pad(k: jax.Array, v: jax.Array, missing: int) -> tuple[jax.Array, jax.Array
     return k, v
 
 
-def _check(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> None:
+def check_attention(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> None:
     if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or positions.shape != q.shape[:2]:
         raise ValueError(
             f"attention takes q [B, T, N, H], k and v [B, S, K, H] and positions [B, T], not shapes "

@@ -54,8 +54,9 @@ def attention_mosaic_gpu(
     plan: AttentionPlan,
     scale: float,
     config: AttentionConfig | None = None,
+    with_lse: bool = False,
     interpret: bool = False,
-) -> jax.Array:
+) -> Any:
     """Causal grouped-query attention on a Hopper GPU.
 
     Args:
@@ -68,24 +69,35 @@ def attention_mosaic_gpu(
         plan: blocks of 128 keys; any number of them a split.
         scale: multiplies the scores; positive.
         config: The variant; `choose_config`'s by default.
+        with_lse: Return the log-sum-exp of each query's scaled scores too, float32 [B, T, N]; takes "tiles" whatever T.
         interpret: Run on the CPU with the kernel's threads and barriers, slowly. Shows order and synchronisation, not
             the bits of a GPU.
 
     Returns:
-        [B, T, N, H] in q's dtype.
+        [B, T, N, H] in q's dtype; with `with_lse` the pair of that and the log-sum-exp.
 
     Raises:
         ValueError: If a shape, a type, `scale`, `plan`, `config` or the device is not covered.
     """
     shape = _check_operands(q, k, v, positions, plan, scale)
     config = config or choose_config(shape, pl.cdiv(shape.s, plan.split))
+    if with_lse and config.variant != "tiles":  # no bit depends on it
+        config = AttentionConfig(variant="tiles")
     if config.variant == "split" and shape.t * shape.group > ROWS:
         raise ValueError(
             f"variant='split' takes up to {ROWS} rows, not T={shape.t} times N/K={shape.group}; use 'tiles'"
         )
     if not interpret:
         _check_device()
-    problem = _Problem(shape=shape, dtype=q.dtype, plan=plan, scale=scale, config=config, interpret=interpret)
+    problem = _Problem(
+        shape=shape,
+        dtype=q.dtype,
+        plan=plan,
+        scale=scale,
+        config=config,
+        with_lse=with_lse,
+        interpret=interpret,
+    )
     run = _run_tiles if config.variant == "tiles" else _run_split
     return run(q, k, v, positions.astype(jnp.int32), problem)
 
@@ -99,6 +111,7 @@ class _Problem:
     plan: AttentionPlan
     scale: float
     config: AttentionConfig
+    with_lse: bool
     interpret: bool
 
     @property
@@ -535,25 +548,30 @@ def _rows_of(position: jax.Array, per_query: int) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnums=(4,))
-def _run_tiles(
-    q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, problem: _Problem
-) -> jax.Array:
+def _run_tiles(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, problem: _Problem) -> Any:
     shape, consumers = problem.shape, 2
+    out = [jax.ShapeDtypeStruct(q.shape, q.dtype)]
     scratch = problem.rings(consumers) | {
         "q": problem.queries(consumers),
         "q_full": plgpu.Barrier(num_arrivals=problem.parts, num_barriers=consumers),
         "joined": problem.sums(consumers, ROWS, shape.h),
     }
+    if problem.with_lse:  # of whole tiles, and of the one that may be too many; no copy clips these stores
+        rows = (pl.cdiv(shape.t, ROWS) + 1) * ROWS
+        out.append(jax.ShapeDtypeStruct((shape.b, q.shape[2], rows), jnp.float32))
     kernel = problem.kernel(
         _tiles_kernel,
         "tiles",
-        out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        out_type=out,
         scratch_types=scratch,
         grid=(shape.b * shape.kv_heads * problem.tile_pairs,),
         grid_names=("cta",),
         num_threads=consumers + 1,
     )
-    return kernel(q, k, v, positions)
+    results = kernel(q, k, v, positions)
+    if problem.with_lse:
+        return results[0], results[1][:, :, : shape.t].transpose(0, 2, 1)
+    return results[0]
 
 
 def _tiles_kernel(
@@ -563,6 +581,7 @@ def _tiles_kernel(
     v_gmem: _Ref,
     positions_gmem: _Ref,
     out_gmem: _Ref,
+    *lse_gmem: _Ref,
     **scratch: _Ref,
 ) -> None:
     smem, shape, block = types.SimpleNamespace(**scratch), problem.shape, jnp.int32(problem.plan.block)
@@ -622,6 +641,9 @@ def _tiles_kernel(
         lax.fori_loop(mine, count, drain, None)  # blocks that only the other warpgroup needs
         values = plgpu.load(joined_smem, layout=plgpu.Layout.WGMMA)
         out = _normalise(joined, values, problem.dtype)
+        for lse in lse_gmem:  # one, or none
+            value = (joined.maximum + jnp.log2(joined.total)) * math.log(2)
+            lse.at[row, head, pl.ds(first, ROWS)][...] = value
         _store(
             problem, out, (q_smem.at[wg], q_plain.at[wg]), out_gmem.at[row, pl.ds(first, ROWS), head], ROWS
         )

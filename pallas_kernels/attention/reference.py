@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ..common.rounding import div, exp, mul, pin, round_to
+from ..common.rounding import div, exp, log, mul, pin, round_to
 from .plan import AttentionPlan
 
 _STEP = 16
@@ -41,6 +41,16 @@ def attention_reference(
       4. values / total, rounded to q's dtype once.
     Blocks beyond the query's position do nothing, so neither the length of the cache nor other queries enter the bits.
     """
+    return attention_with_lse_reference(q, k, v, positions, plan=plan, scale=scale)[0]
+
+
+def attention_with_lse_reference(
+    q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, *, plan: AttentionPlan, scale: float
+) -> tuple[jax.Array, jax.Array]:
+    """`attention_reference`, and the log of each query's sum of exp(score), float32 [B, T, N].
+
+    That is `maximum + log(total)` of the joined splits, rounded after each of the two steps.
+    """
     b, t, heads, h = q.shape
     s, kv_heads = k.shape[1], k.shape[2]
     group = heads // kv_heads
@@ -56,7 +66,11 @@ def attention_reference(
     for i, partial in enumerate(partials[1:], start=1):
         joint = _merge(joint, partial, i * plan.split <= at)
     out = round_to(div(joint.values, joint.total[..., None]), q.dtype)
-    return out.reshape(b, kv_heads, group, t, h).transpose(0, 3, 1, 2, 4).reshape(b, t, heads, h)
+    lse = joint.maximum + log(joint.total)
+    return (
+        out.reshape(b, kv_heads, group, t, h).transpose(0, 3, 1, 2, 4).reshape(b, t, heads, h),
+        lse.reshape(b, heads, t).transpose(0, 2, 1),
+    )
 
 
 def _split(

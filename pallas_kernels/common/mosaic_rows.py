@@ -328,6 +328,31 @@ def _inverse_rms_of_heads(shape: tuple[int, int], layout: Any, d: int, eps: floa
     return body
 
 
+def sums_of_heads(first: jax.Array, second: jax.Array, layout: Any, *, interpret: bool) -> jax.Array:
+    """`tree_sum` of each head, float32 [heads], whose halves are float32 [heads, half] in `head_layout`."""
+    halved = first + second
+    if interpret:
+        return tree_sum(halved)
+    # Every lane of a head has its sum; the maximum of equal numbers is one of them.
+    return jnp.max(_sums_of_heads(halved.shape, layout)(halved), axis=1)
+
+
+@functools.cache
+def _sums_of_heads(shape: tuple[int, int], layout: Any) -> Any:
+    @plgpu.inline_mgpu(
+        arg_types=(layout,), return_type=plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=layout)
+    )
+    def body(_: Any, x: Any) -> Any:
+        warp = _Warp()
+        registers = np.empty_like(x.registers)
+        for index, register in np.ndenumerate(x.registers):
+            total = sum_lanes(_elements(register), shape[1] // HEAD_VECTOR, warp)
+            registers[index] = vector.broadcast(register.type, total)
+        return mgpu.FragmentedArray(_registers=registers, _layout=x.layout, _is_signed=None)
+
+    return body
+
+
 def _elements(x: ir.Value) -> list[ir.Value]:
     return [
         vector.extract(x, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([i]))
