@@ -5,7 +5,9 @@
 """
 
 from . import models, pallas_kernels
+from .checkpoint import RestoredCheckpoint, checkpoint_steps, restore_checkpoint, save_checkpoint
 from .collectives import tree_all_gather, tree_psum, tree_psum_scatter
+from .export import export_hugging_face
 from .fingerprint import fingerprint
 from .generation import GenerateOutput, generate, score
 from .loading import load
@@ -17,13 +19,18 @@ __version__ = "0.1.0"
 
 __all__ = [
     "GenerateOutput",
+    "RestoredCheckpoint",
     "SamplingParams",
+    "checkpoint_steps",
+    "export_hugging_face",
     "fingerprint",
     "generate",
     "load",
     "make_mesh",
     "models",
     "pallas_kernels",
+    "restore_checkpoint",
+    "save_checkpoint",
     "score",
     "tree_all_gather",
     "tree_matmul",
