@@ -66,7 +66,6 @@ def export_hugging_face(model: Qwen3, folder: str | Path, *, max_shard_bytes: in
 
 
 def _parameters(model: Qwen3) -> dict[ParameterPath, jax.Array]:
-    check_dtype(model.dtype)
     parameters: dict[ParameterPath, jax.Array] = {}
     for path, value in jax.tree_util.tree_leaves_with_path(nnx.state(model)):
         name = ".".join(map(str, parameter_path(path)))
@@ -79,6 +78,7 @@ def _parameters(model: Qwen3) -> dict[ParameterPath, jax.Array]:
         if value.dtype != model.dtype:
             raise ValueError(f"{name} is {value.dtype} and the embedding {model.dtype}; cast one of them")
         parameters[parameter_path(path)] = value
+    check_dtype(model.dtype)
     return parameters
 
 
