@@ -5,7 +5,9 @@
 """
 
 from . import models, optimizers, pallas_kernels, training
+from .checkpoint import RestoredCheckpoint, checkpoint_steps, restore_checkpoint, save_checkpoint
 from .collectives import tree_all_gather, tree_psum, tree_psum_scatter
+from .export import export_hugging_face
 from .fingerprint import fingerprint
 from .generation import GenerateOutput, generate, score
 from .loading import load
@@ -18,8 +20,11 @@ __version__ = "0.1.0"
 
 __all__ = [
     "GenerateOutput",
+    "RestoredCheckpoint",
     "SamplingParams",
     "TrainingModel",
+    "checkpoint_steps",
+    "export_hugging_face",
     "fingerprint",
     "generate",
     "load",
@@ -27,6 +32,8 @@ __all__ = [
     "models",
     "optimizers",
     "pallas_kernels",
+    "restore_checkpoint",
+    "save_checkpoint",
     "score",
     "shard_model",
     "train_step",

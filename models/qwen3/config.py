@@ -111,6 +111,32 @@ class Qwen3Config:
         values["eos_token_id"] = tuple(eos) if isinstance(eos, list) else (eos,)
         return cls(**values)
 
+    def to_dict(self, *, dtype: str) -> dict[str, Any]:
+        """The dictionary for a `config.json` in the style of the published files, which transformers 4 and 5 read.
+
+        Args:
+            dtype: of the checkpoint's tensors: "bfloat16", "float16" or "float32".
+        """
+        fields = dataclasses.asdict(self)
+        eos = fields.pop("eos_token_id")
+        if eos:  # one id or a list of them, as published
+            fields["eos_token_id"] = eos[0] if len(eos) == 1 else list(eos)
+        return {
+            "architectures": ["Qwen3ForCausalLM"],
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "hidden_act": "silu",
+            "initializer_range": 0.02,
+            "max_window_layers": self.num_hidden_layers,
+            "model_type": "qwen3",
+            "rope_scaling": None,
+            "sliding_window": None,
+            "torch_dtype": dtype,
+            "use_cache": True,
+            "use_sliding_window": False,
+            **fields,
+        }
+
     @classmethod
     def from_folder(cls, folder: str | Path) -> "Qwen3Config":
         """The configuration of a checkpoint folder.

@@ -1,0 +1,155 @@
+"""A folder of checkpoints, one a step: written under another name, renamed when whole, and never overwritten.
+
+    folder/step_00000100/checkpoint.json   the manifest, written last: the arrays, and the size of every file
+    folder/step_00000100/model-0000/ ...   what Orbax wrote
+    folder/.step_00000200.partial-1f3a...  a save that is under way, or was killed
+
+So a checkpoint under its own name was whole when it got that name, and the manifest tells whether it still is. A folder
+belongs to one run: two processes that save to it at once may delete each other's old checkpoints.
+"""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+_MANIFEST = "checkpoint.json"
+_FORMAT = 1
+_STEP = re.compile(r"step_(\d{8,})")
+_PARTIAL = re.compile(r"\.step_(\d{8,})\.partial-[0-9a-f]+")
+_DELETED = re.compile(r"\.step_(\d{8,})\.deleted-[0-9a-f]+")
+
+
+class IncompleteCheckpoint(ValueError):
+    """A checkpoint that lacks a file or a part of one."""
+
+
+def step_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies once it is whole."""
+    return folder / f"step_{step:08d}"
+
+
+def step_paths(folder: Path) -> dict[int, Path]:
+    """The checkpoints of a folder by step, ascending, whole or not; none where there is no such folder."""
+    return {step: path for step, path in _entries(folder, _STEP) if step_path(folder, step) == path}
+
+
+def partial_paths(folder: Path) -> list[tuple[int, Path]]:
+    """Saves that are under way or were interrupted, with their steps, ascending."""
+    return _entries(folder, _PARTIAL)
+
+
+def _entries(folder: Path, pattern: re.Pattern[str]) -> list[tuple[int, Path]]:
+    if not folder.exists():
+        return []
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is a file; name a folder of checkpoints")
+    named = [(pattern.fullmatch(path.name), path) for path in folder.iterdir()]
+    return sorted((int(match[1]), path) for match, path in named if match)
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint, after a look at the size of every file that it names.
+
+    The contents of the files are not read: that is left to whoever restores the arrays.
+
+    Raises:
+        IncompleteCheckpoint: the manifest or another file is missing or truncated.
+        ValueError: the manifest is of another format.
+    """
+    try:
+        manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise IncompleteCheckpoint(f"{path} lacks {_MANIFEST}") from None
+    except (OSError, ValueError) as error:
+        raise IncompleteCheckpoint(f"{path / _MANIFEST} cannot be read: {error}") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
+        found = manifest.get("format") if isinstance(manifest, dict) else manifest
+        raise ValueError(f"{path / _MANIFEST} is of format {found!r}; this version reads format {_FORMAT}")
+    for name, size in manifest["files"].items():
+        file = path / name
+        if not file.is_file():
+            raise IncompleteCheckpoint(f"{path} lacks the file {name} of {size} bytes")
+        if file.stat().st_size != size:
+            raise IncompleteCheckpoint(f"{file} holds {file.stat().st_size} bytes and was saved with {size}")
+    return manifest
+
+
+@contextlib.contextmanager
+def new_step(folder: Path, step: int) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Makes the checkpoint of a step appear whole, or not at all.
+
+    Yields:
+        A folder to write files to, and a dict to fill with what else the manifest is to hold. When the block ends, the
+        manifest is written, all of it is flushed to the disk, and the folder gets its name. When it raises, nothing is
+        left.
+
+    Raises:
+        ValueError: the step is there already.
+    """
+    final = step_path(folder, step)
+    _check_free(final, step)
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f".{final.name}.partial-{uuid.uuid4().hex[:8]}"
+    partial.mkdir()
+    try:
+        manifest: dict[str, Any] = {}
+        yield partial, manifest
+        files = sorted(path for path in partial.rglob("*") if path.is_file())
+        sizes = {path.relative_to(partial).as_posix(): path.stat().st_size for path in files}
+        text = json.dumps({"format": _FORMAT, "step": step, **manifest, "files": sizes}, indent=1)
+        (partial / _MANIFEST).write_text(text + "\n", encoding="utf-8")
+        flush(partial)
+        _check_free(final, step)  # another process may have been faster
+        partial.rename(final)
+        _fsync(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _check_free(final: Path, step: int) -> None:
+    if not final.exists():
+        return
+    try:
+        read_manifest(final)
+        state = "is there already and is not overwritten"
+    except ValueError as error:
+        state = f"is there already, though damaged ({error})"
+    raise ValueError(f"step {step} of {final.parent} {state}; save another step, or remove {final} first")
+
+
+def delete_older(folder: Path, step: int, keep: int) -> None:
+    """Deletes whole checkpoints before `step`, all but the newest `keep - 1`, and what interrupted saves left.
+
+    A checkpoint loses its name before its first file, so that a kill leaves no half of one. Later steps stay (a run may
+    have gone back), and so do damaged ones, which somebody may want to look at.
+    """
+    older = []
+    for other, path in step_paths(folder).items():
+        with contextlib.suppress(ValueError):
+            read_manifest(path)
+            older += [path] if other < step else []
+    for path in older[: max(len(older) - (keep - 1), 0)]:
+        path.rename(path.with_name(f".{path.name}.deleted-{uuid.uuid4().hex[:8]}"))
+    for _, path in (*_entries(folder, _DELETED), *partial_paths(folder)):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def flush(folder: Path) -> None:
+    """Flushes every file under a folder, and the folders themselves, to the disk."""
+    for path in (*folder.rglob("*"), folder):
+        _fsync(path)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
