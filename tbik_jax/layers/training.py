@@ -310,7 +310,8 @@ def _attention_fwd(
 
 
 def _attention_bwd(ops: InvariantTraining, saved: Any, dout: jax.Array) -> tuple[Any, ...]:
-    return *attention_backward(*saved, dout), None
+    q, k, v, out, lse = saved
+    return *attention_backward(q, k, v, out, lse, dout), None
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
