@@ -14,7 +14,7 @@ from tbik_jax.models import Qwen3
 from tbik_jax.training import shard_model, value_and_grad
 from tests.helpers import assert_same_bits, differing
 from tests.models_small import CONFIG, small_model
-from tests.training_small import batch, next_token_loss, twenty_steps
+from tests.training_small import Training, batch, next_token_loss, twenty_steps
 
 MESHES = (
     *({axis: size} for axis in ("tp", "fsdp", "data") for size in (2, 4, 8)),
@@ -38,6 +38,29 @@ def _gradient(model, rows, loss_fn=next_token_loss, sizes=None, **options):
 @pytest.mark.parametrize("sizes", MESHES, ids=_label)
 def test_twenty_steps_are_the_same_bits_on_every_mesh(sizes):
     assert_same_bits(twenty_steps(**sizes), twenty_steps())
+
+
+@pytest.mark.parametrize(("before", "after"), [({"tp": 4}, {"data": 2, "fsdp": 2}), ({"fsdp": 8}, {})], ids=str)
+def test_a_run_goes_on_from_a_checkpoint_on_another_mesh(before, after, tmp_path):
+    first = Training(tbik_jax.make_mesh(**before))
+    losses = first.steps(0, 10)
+    tbik_jax.save_checkpoint(tmp_path, 10, model=first.model, optimizer=first.optimizer)
+    mesh = tbik_jax.make_mesh(**after)
+    second = Training(mesh)
+    second.steps(0, 1)  # what it has learnt so far gives way
+    restored = tbik_jax.restore_checkpoint(tmp_path, model=second.model, optimizer=second.optimizer, mesh=mesh)
+    assert restored.step == 10
+    assert_same_bits((losses + second.steps(10, 20), second.state()), twenty_steps())
+
+
+def test_a_run_that_forgets_its_optimiser_shows(tmp_path):
+    """The twin: the parameters alone are not the run."""
+    first = Training(tbik_jax.make_mesh())
+    first.steps(0, 10)
+    tbik_jax.save_checkpoint(tmp_path, 10, model=first.model, optimizer=first.optimizer)
+    second = Training(tbik_jax.make_mesh())
+    tbik_jax.restore_checkpoint(tmp_path, model=second.model)
+    assert differing(np.stack(second.steps(10, 20)), np.stack(twenty_steps()[0][10:])) > 5
 
 
 def test_twenty_steps_learn_something():
