@@ -26,6 +26,7 @@ from .checkpoint_arrays import (
 )
 from .checkpoint_folder import (
     IncompleteCheckpoint,
+    check_contents,
     delete_older,
     new_step,
     partial_paths,
@@ -127,9 +128,9 @@ def restore_checkpoint(
 ) -> RestoredCheckpoint:
     """Puts a saved training state into a model and its optimizer, on any mesh; every bit is as it was saved.
 
-    Each device reads its shards and no others. Parameters are cut as `load` cuts them, arrays of the optimizer that
-    have a parameter's place and shape (moments, accumulated gradients) like that parameter, and all else is replicated.
-    Nothing is changed unless all of it was read.
+    Each device reads its shards and no others, after the host has compared the files' checksums. Parameters are cut as
+    `load` cuts them, arrays of the optimizer that have a parameter's place and shape (moments, accumulated gradients)
+    like that parameter, and all else is replicated. Nothing is changed unless all of it was read.
 
     Args:
         folder: of all of the run's checkpoints.
@@ -159,12 +160,12 @@ def restore_checkpoint(
     for part, arrays in parts.items():
         _check_arrays(path, part, manifest["arrays"].get(part), arrays)
     shardings = node_shardings(nodes, mesh)
+    groups = {name: part for name in manifest["groups"] if (part := name.rsplit("-", 1)[0]) in parts}
+    check_contents(path, manifest, groups)
     restored: dict[str, Arrays] = {part: {} for part in parts}
-    for group, names in manifest["groups"].items():
-        part = group.rsplit("-", 1)[0]
-        if part in parts:
-            wanted = {name: (parts[part][name], shardings[part][name]) for name in names}
-            restored[part] |= read_group(path / group, wanted)
+    for group, part in groups.items():
+        wanted = {name: (parts[part][name], shardings[part][name]) for name in manifest["groups"][group]}
+        restored[part] |= read_group(path / group, wanted)
     for part, node in nodes.items():
         if isinstance(node, jax.Array):
             rng = restored[part]["key"]

@@ -1,6 +1,6 @@
 """A folder of checkpoints, one a step: written under another name, renamed when whole, and never overwritten.
 
-    folder/step_00000100/checkpoint.json   the manifest, written last: the arrays, and the size of every file
+    folder/step_00000100/checkpoint.json   the manifest, written last: the arrays, and size and CRC of every file
     folder/step_00000100/model-0000/ ...   what Orbax wrote
     folder/.step_00000200.partial-1f3a...  a save that is under way, or was killed
 
@@ -14,7 +14,9 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
+import zlib
+from collections.abc import Container, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +58,7 @@ def _entries(folder: Path, pattern: re.Pattern[str]) -> list[tuple[int, Path]]:
 def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of a checkpoint, after a look at the size of every file that it names.
 
-    The contents of the files are not read: that is left to whoever restores the arrays.
+    The contents of the files are left to `check_contents`.
 
     Raises:
         IncompleteCheckpoint: the manifest or another file is missing or truncated.
@@ -71,13 +73,44 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
         found = manifest.get("format") if isinstance(manifest, dict) else manifest
         raise ValueError(f"{path / _MANIFEST} is of format {found!r}; this version reads format {_FORMAT}")
-    for name, size in manifest["files"].items():
-        file = path / name
+    for name, saved in manifest["files"].items():
+        file, size = path / name, saved["bytes"]
         if not file.is_file():
             raise IncompleteCheckpoint(f"{path} lacks the file {name} of {size} bytes")
         if file.stat().st_size != size:
             raise IncompleteCheckpoint(f"{file} holds {file.stat().st_size} bytes and was saved with {size}")
     return manifest
+
+
+def check_contents(path: Path, manifest: dict[str, Any], groups: Container[str]) -> None:
+    """Reads the files of some groups of arrays once and compares their CRC-32 with the manifest's.
+
+    Orbax's chunks hold no checksum: a flipped bit of a weight would come back as another weight.
+
+    Raises:
+        ValueError: a file has other contents than were saved.
+    """
+    saved = {name: entry for name, entry in manifest["files"].items() if name.split("/")[0] in groups}
+    for (name, entry), found in zip(saved.items(), _crc32s([path / name for name in saved]), strict=True):
+        if found != entry["crc32"]:
+            raise ValueError(
+                f"{path / name} is damaged: its CRC-32 is {found:08x} and was {entry['crc32']:08x} when it was saved; "
+                "restore another step"
+            )
+
+
+def _crc32s(files: list[Path]) -> list[int]:
+    """Of whole files; zlib lets go of the interpreter's lock, so threads help."""
+
+    def crc32(file: Path) -> int:
+        value = 0
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 22):
+                value = zlib.crc32(block, value)
+        return value
+
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
+        return list(pool.map(crc32, files))
 
 
 @contextlib.contextmanager
@@ -101,8 +134,11 @@ def new_step(folder: Path, step: int) -> Iterator[tuple[Path, dict[str, Any]]]:
         manifest: dict[str, Any] = {}
         yield partial, manifest
         files = sorted(path for path in partial.rglob("*") if path.is_file())
-        sizes = {path.relative_to(partial).as_posix(): path.stat().st_size for path in files}
-        text = json.dumps({"format": _FORMAT, "step": step, **manifest, "files": sizes}, indent=1)
+        entries = {
+            path.relative_to(partial).as_posix(): {"bytes": path.stat().st_size, "crc32": crc32}
+            for path, crc32 in zip(files, _crc32s(files), strict=True)
+        }
+        text = json.dumps({"format": _FORMAT, "step": step, **manifest, "files": entries}, indent=1)
         (partial / _MANIFEST).write_text(text + "\n", encoding="utf-8")
         flush(partial)
         _check_free(final, step)  # another process may have been faster

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from tbik_jax import checkpoint_steps, make_mesh, restore_checkpoint, save_checkpoint
+from tbik_jax import checkpoint, checkpoint_steps, make_mesh, restore_checkpoint, save_checkpoint
 from tbik_jax.checkpoint_folder import new_step
 from tests.training_states import (
     State,
@@ -168,16 +168,65 @@ def test_a_whole_newest_one_is_taken_without_a_warning(folder: Path) -> None:
     assert restore(folder, empty_state()).step == 2
 
 
-def test_changed_contents_are_refused_and_change_nothing(folder: Path, state: State) -> None:
-    """Sizes are as they were, so the checkpoint counts as whole; reading it finds out, after the model was read."""
-    for file in (folder / "step_00000002" / "optimizer-0000").glob("d/*"):
-        file.write_bytes(bytes(file.stat().st_size))
+def flip_a_bit(file: Path) -> None:
+    contents = bytearray(file.read_bytes())
+    contents[len(contents) // 2] ^= 1
+    file.write_bytes(contents)
+
+
+def test_a_flipped_bit_is_found_in_every_file(folder: Path, state: State) -> None:
+    path = folder / "step_00000002"
+    for file in files_of(path):
+        if file.name == "checkpoint.json":
+            continue
+        before = file.read_bytes()
+        flip_a_bit(file)
+        with pytest.raises(
+            ValueError, match=r"is damaged: its CRC-32 is [0-9a-f]{8} and was [0-9a-f]{8}"
+        ) as error:
+            restore(folder, empty_state())
+        assert str(file) in str(error.value)
+        file.write_bytes(before)
+    assert restore(folder, empty_state()).step == 2
+
+
+def test_changed_contents_change_nothing(folder: Path, state: State) -> None:
+    """Sizes are as they were, so the checkpoint counts as whole; a part that is not asked for is not looked at."""
+    data = max(
+        (folder / "step_00000002" / "optimizer-0000").rglob("d/*"), key=lambda file: file.stat().st_size
+    )
+    flip_a_bit(data)
+    assert checkpoint_steps(folder) == [1, 2]
     found = new_state(make_mesh(tp=2), seed=5)
-    with pytest.raises(ValueError, match="step_00000002/optimizer-0000 is damaged and cannot be read"):
+    with pytest.raises(ValueError, match=r"optimizer-0000.* is damaged"):
         restore(folder, found)
     assert_same_state(found, new_state(make_mesh(), seed=5))
     restore_checkpoint(folder, model=found[0])
     assert_same_state(found[:1], state[:1])
+
+
+def test_orbax_does_not_find_a_flipped_bit(
+    folder: Path, state: State, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Why there are checksums: without them the model comes back with other bits."""
+    data = max((folder / "step_00000002" / "model-0000").rglob("d/*"), key=lambda file: file.stat().st_size)
+    flip_a_bit(data)
+    monkeypatch.setattr(checkpoint, "check_contents", lambda *args: None)
+    found = abstract_model()
+    restore_checkpoint(folder, model=found)
+    with pytest.raises(AssertionError):
+        assert_same_state((found,), state[:1])
+
+
+def test_what_orbax_cannot_read_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the model was read, which stays as it was."""
+    for file in (folder / "step_00000002" / "optimizer-0000").glob("d/*"):
+        file.write_bytes(bytes(file.stat().st_size))
+    monkeypatch.setattr(checkpoint, "check_contents", lambda *args: None)
+    found = new_state(make_mesh(tp=2), seed=5)
+    with pytest.raises(ValueError, match="step_00000002/optimizer-0000 is damaged and cannot be read"):
+        restore(folder, found)
+    assert_same_state(found, new_state(make_mesh(), seed=5))
 
 
 def test_nothing_to_restore(tmp_path: Path) -> None:

@@ -112,7 +112,7 @@ class Qwen3Config:
         return cls(**values)
 
     def to_dict(self, *, dtype: str) -> dict[str, Any]:
-        """The dictionary for a `config.json` in the style of the published files, which transformers 4 and 5 read.
+        """The dictionary for a `config.json` in the style of the published files (`rope_theta`).
 
         Args:
             dtype: of the checkpoint's tensors: "bfloat16", "float16" or "float32".
