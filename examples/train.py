@@ -140,14 +140,19 @@ class Run:
         self._step = tbik_jax.train_step(
             loss_fn, mesh=self.mesh, numerics=numerics, microbatches=microbatches
         )
-        self._options: dict[str, Any] = {"numerics": numerics, "seed": seed, "learning_rate": learning_rate}
+        self._data = text()
+        self._options: dict[str, Any] = {
+            "numerics": numerics,
+            "seed": seed,
+            "learning_rate": learning_rate,
+            "text": tbik_jax.fingerprint([self._data]),
+        }
 
     def steps(self, last: int, rows: int, width: int, seed: int) -> Iterator[int]:
         """Trains up to step `last`, and says after each which one it was."""
-        data = text()
         for step in range(len(self.losses) + 1, last + 1):
             self.losses.append(
-                float(self._step(self.model, self.optimizer, batch(data, step, seed, rows, width)))
+                float(self._step(self.model, self.optimizer, batch(self._data, step, seed, rows, width)))
             )
             yield step
 

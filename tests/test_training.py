@@ -40,7 +40,9 @@ def test_twenty_steps_are_the_same_bits_on_every_mesh(sizes):
     assert_same_bits(twenty_steps(**sizes), twenty_steps())
 
 
-@pytest.mark.parametrize(("before", "after"), [({"tp": 4}, {"data": 2, "fsdp": 2}), ({"fsdp": 8}, {})], ids=str)
+@pytest.mark.parametrize(
+    ("before", "after"), [({"tp": 4}, {"data": 2, "fsdp": 2}), ({"fsdp": 8}, {})], ids=str
+)
 def test_a_run_goes_on_from_a_checkpoint_on_another_mesh(before, after, tmp_path):
     first = Training(tbik_jax.make_mesh(**before))
     losses = first.steps(0, 10)
@@ -48,7 +50,9 @@ def test_a_run_goes_on_from_a_checkpoint_on_another_mesh(before, after, tmp_path
     mesh = tbik_jax.make_mesh(**after)
     second = Training(mesh)
     second.steps(0, 1)  # what it has learnt so far gives way
-    restored = tbik_jax.restore_checkpoint(tmp_path, model=second.model, optimizer=second.optimizer, mesh=mesh)
+    restored = tbik_jax.restore_checkpoint(
+        tmp_path, model=second.model, optimizer=second.optimizer, mesh=mesh
+    )
     assert restored.step == 10
     assert_same_bits((losses + second.steps(10, 20), second.state()), twenty_steps())
 
