@@ -31,8 +31,8 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup  ## show equal bits across meshes (MODEL=checkpoint folder, PROMPTS=file; both optional)
 	$(PY) -m tbik_jax.demo $(if $(MODEL),--model '$(MODEL)') $(if $(PROMPTS),--prompts '$(PROMPTS)')
 
-test: setup  ## run the tests that need no GPU (ARGS=... goes to pytest)
-	$(PY) -m pytest --durations=10 $(ARGS)
+test: setup  ## run the tests that need no GPU, two files at a time (ARGS=... goes to pytest; -n 0: one)
+	$(PY) -m pytest --durations=10 -n 2 --dist loadfile $(ARGS)
 
 lint: setup  ## check style and format
 	$(PY) -m ruff check .

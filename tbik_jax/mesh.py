@@ -50,10 +50,13 @@ def resolve_mesh(mesh: Mesh | None) -> Mesh:
             else one device.
 
     Raises:
-        ValueError: an axis of another name, or a tp size other than 1, 2, 4 or 8.
+        ValueError: an axis of another name, a tp size other than 1, 2, 4 or 8, or None under `jax.jit`.
     """
     if mesh is None:
-        mesh = jax.sharding.get_mesh()
+        try:
+            mesh = jax.sharding.get_mesh()
+        except ValueError:
+            raise ValueError("mesh=None cannot see the ambient mesh under jax.jit; pass the mesh") from None
         if mesh.empty:
             return make_mesh(devices=jax.devices()[:1])
     if not isinstance(mesh, Mesh):

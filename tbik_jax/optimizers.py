@@ -32,7 +32,7 @@ def global_norm(tree: Any, *, mesh: Mesh | None = None) -> jax.Array:
 
     Args:
         tree: gradients as `value_and_grad` returns them: an `nnx.State` like a model's parameters.
-        mesh: the parameters' mesh; None for the ambient mesh, else one device.
+        mesh: the parameters' mesh; None for the ambient mesh, else one device. Under `jax.jit` it has to be named.
     """
     where = resolve_mesh(mesh)
     specs = [each.spec for each in jax.tree.leaves(parameter_shardings(tree, where))]
@@ -55,16 +55,17 @@ def clip_by_global_norm(max_norm: float, *, mesh: Mesh | None = None) -> optax.G
 
     Args:
         max_norm: positive.
-        mesh: the parameters' mesh; None for the ambient mesh, else one device.
+        mesh: the parameters' mesh; None for the mesh that is ambient now, else one device.
 
     Raises:
         ValueError: max_norm is not positive.
     """
     if not max_norm > 0:
         raise ValueError(f"max_norm={max_norm} must be positive")
+    where = resolve_mesh(mesh)
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        norm = global_norm(updates, mesh=mesh)
+        norm = global_norm(updates, mesh=where)
         factor = jnp.where(norm > max_norm, jnp.float32(max_norm) / norm, jnp.float32(1))
         return jax.tree.map(lambda x: mul(x.astype(jnp.float32), factor).astype(x.dtype), updates), state
 

@@ -102,8 +102,8 @@ def value_and_grad(
 
     Args:
         loss_fn: the losses of some rows. It is traced; the same function object is compiled once.
-        mesh: with any of the axes data, fsdp and tp, of powers of two, data * fsdp at most 8; None for the ambient
-            mesh, else one device.
+        mesh: with any of the axes data, fsdp and tp, of powers of two, data * fsdp at most 8; None for the mesh that is
+            ambient now, else one device.
         numerics: "invariant", or "plain" for XLA's own reductions.
         microbatches: passes that the batch is cut into, to save memory: runs of consecutive rows. The gradients of all
             are added up before the result, as the upper part of the tree, so no bit changes.
@@ -126,8 +126,9 @@ def value_and_grad(
             f"microbatches={microbatches} must be 1, 2, 4 or 8, to be part of a tree of 8 leaves"
         )
 
+    where = resolve_mesh(mesh)
+
     def run(model: Qwen3, batch: Any) -> tuple[jax.Array, nnx.State]:
-        where = resolve_mesh(mesh)
         graphdef, state = nnx.split(model, nnx.Param)
         shardings = parameter_shardings(state, where)
         plan = _Plan(
@@ -350,9 +351,10 @@ def train_step(
     Returns:
         A function that updates the model and the optimiser and returns the loss before the update, float32 [].
     """
+    where = resolve_mesh(mesh)
     gradient = value_and_grad(
         loss_fn,
-        mesh=mesh,
+        mesh=where,
         numerics=numerics,
         microbatches=microbatches,
         remat=remat,
@@ -371,7 +373,6 @@ def train_step(
         return jax.jit(run, donate_argnums=0, out_shardings=(list(shardings), None), compiler_options=options)
 
     def step(model: Qwen3, optimizer: nnx.Optimizer, batch: Any) -> jax.Array:
-        where = resolve_mesh(mesh)
         graphdef, state = nnx.split((model, optimizer))
         leaves, treedef = jax.tree.flatten(state)
         everywhere = jax.NamedSharding(where, P())

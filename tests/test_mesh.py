@@ -144,3 +144,12 @@ def test_resolve_mesh_refuses_what_is_no_mesh(other: object) -> None:
 )
 def test_a_label_names_the_axes_that_cut(sizes: tuple[int, int, int], label: str) -> None:
     assert mesh_label(make_mesh(*sizes)) == label
+
+
+def test_the_ambient_mesh_cannot_be_seen_under_jit():
+    def traced(x: jax.Array) -> jax.Array:
+        resolve_mesh(None)
+        return x
+
+    with pytest.raises(ValueError, match="mesh=None cannot see the ambient mesh"):
+        jax.jit(traced)(1)

@@ -37,7 +37,8 @@ def _gradient(model, rows, loss_fn=next_token_loss, sizes=None, **options):
 
 @pytest.mark.parametrize("sizes", MESHES, ids=_label)
 def test_twenty_steps_are_the_same_bits_on_every_mesh(sizes):
-    assert_same_bits(twenty_steps(**sizes), twenty_steps())
+    # Without remat programs are smaller; that it changes no bit is tested beside.
+    assert_same_bits(twenty_steps(remat=sizes == MESHES[-1], **sizes), twenty_steps())
 
 
 @pytest.mark.parametrize(
@@ -108,17 +109,18 @@ def test_neither_passes_nor_remat_nor_layers_change_a_bit(whole, options):
     assert_same_bits(_gradient(model, rows, **options), (loss, gradients))
 
 
-def test_passes_that_are_added_one_after_the_other_show(whole):
-    """The twin: gradients of the parts, added up in a chain, are not those of the whole."""
-    model, rows, _, gradients = whole
-    total = None
-    for part in range(4):
-        cut = {name: x[2 * part : 2 * part + 2] for name, x in rows.items()}
-        weight = cut["weights"].sum()
-        each = [g * weight for g in _gradient(model, cut)[1]]
-        total = each if total is None else [a + b for a, b in zip(total, each, strict=True)]
-    chained = [g / rows["weights"].sum() for g in total]
-    assert sum(differing(a, b) for a, b in zip(chained, gradients, strict=True)) > 100
+def test_gradients_of_parts_that_are_averaged_and_then_added_show(whole):
+    """The twin: accumulation outside of the tree."""
+    model, rows, *_ = whole
+    other = batch(12)
+    both = {name: np.concatenate([x, other[name]]) for name, x in rows.items()}
+    weights = [part["weights"].sum() for part in (rows, other)]
+    parts = [_gradient(model, part)[1] for part in (rows, other)]
+    total = [(a * weights[0] + b * weights[1]) / sum(weights) for a, b in zip(*parts, strict=True)]
+    exact = _gradient(model, both, microbatches=2)[1]
+    assert sum(differing(a, b) for a, b in zip(total, exact, strict=True)) > 100
+    for a, b in zip(total, exact, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())
 
 
 def test_padding_changes_nothing(whole):

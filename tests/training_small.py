@@ -58,7 +58,9 @@ class Training:
 
 
 @functools.cache
-def twenty_steps(numerics: str = "invariant", **sizes: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def twenty_steps(
+    numerics: str = "invariant", remat: bool = True, **sizes: int
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Losses and final state of 20 steps on a mesh."""
-    run = Training(tbik_jax.make_mesh(**sizes), numerics)
+    run = Training(tbik_jax.make_mesh(**sizes), numerics, remat=remat)
     return run.steps(0, 20), run.state()
