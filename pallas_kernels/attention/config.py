@@ -4,6 +4,7 @@ import dataclasses
 from typing import Literal
 
 ROWS = 64  # of a warpgroup's tile: (query, head of the group) pairs; what wgmma multiplies at a time
+COLUMNS = 8  # (query, head) pairs of a tile where they are wgmma's columns, the fewest it has
 _RESIDENT_CLUSTERS = {1: 132, 2: 66, 4: 30, 8: 15}  # of 1, 2, 4 and 8 CTAs, one CTA an SM, on an H200
 _LEAST_SAVED = 256  # splits a CTA, times H, that a second launch must save
 _L2_BYTES = 24_000_000  # of keys and values that CTAs which run at the same time may walk
@@ -36,7 +37,7 @@ class AttentionConfig:
         kv_group: KV heads (of all batch rows) whose tiles are next to each other in the launch order.
     """
 
-    variant: Literal["tiles", "split"]
+    variant: Literal["tiles", "split", "columns"]
     parts: int = 1
     second_launch: bool = False
     stages: int = 2
@@ -45,9 +46,9 @@ class AttentionConfig:
 
     def __post_init__(self) -> None:
         sizes = range(2, 133) if self.second_launch else _RESIDENT_CLUSTERS
-        if self.variant not in ("tiles", "split") or self.parts not in sizes:
+        if self.variant not in ("tiles", "split", "columns") or self.parts not in sizes:
             raise ValueError(
-                f"variant={self.variant!r} must be 'tiles' or 'split', parts={self.parts} 1, 2, 4 or 8, or 2 to 132 "
+                f"variant={self.variant!r} must be 'tiles', 'split' or 'columns', parts={self.parts} 1, 2, 4 or 8, or 2 to 132 "
                 "with second_launch"
             )
         if self.variant == "tiles" and self.parts > 1:

@@ -31,7 +31,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir.dialects import llvm
 
-from .config import ROWS, AttentionConfig, AttentionShape, choose_config
+from .config import COLUMNS, ROWS, AttentionConfig, AttentionShape, choose_config
 from .plan import AttentionPlan
 
 __all__ = ["attention_mosaic_gpu"]
@@ -83,10 +83,16 @@ def attention_mosaic_gpu(
         raise ValueError(
             f"variant='split' takes up to {ROWS} rows, not T={shape.t} times N/K={shape.group}; use 'tiles'"
         )
+    if config.variant == "columns" and shape.t * shape.group > COLUMNS:
+        raise ValueError(
+            f"variant='columns' takes up to {COLUMNS} rows, not T={shape.t} times N/K={shape.group}; use 'split'"
+        )
     if not interpret:
         _check_device()
     problem = _Problem(shape=shape, dtype=q.dtype, plan=plan, scale=scale, config=config, interpret=interpret)
-    run = _run_tiles if config.variant == "tiles" else _run_split
+    from .columns import run_columns
+
+    run = {"tiles": _run_tiles, "split": _run_split, "columns": run_columns}[config.variant]
     return run(q, k, v, positions.astype(jnp.int32), problem)
 
 
@@ -247,8 +253,8 @@ def _softmax_step(
     return _Softmax(maximum, lanes), weights, shrink
 
 
-def _rescale(values: jax.Array, shrink: jax.Array) -> jax.Array:
-    return values * lax.broadcast_in_dim(shrink, values.shape, [0])
+def _rescale(values: jax.Array, shrink: jax.Array, axis: int = 0) -> jax.Array:
+    return values * lax.broadcast_in_dim(shrink, values.shape, [axis])
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["maximum", "total"], meta_fields=[])
@@ -261,9 +267,17 @@ class _Partial:
 
 
 def _merge(
-    left: _Partial, right: _Partial, left_values: jax.Array, right_values: jax.Array, product: "_Product"
+    left: _Partial,
+    right: _Partial,
+    left_values: jax.Array,
+    right_values: jax.Array,
+    product: "_Product",
+    axis: int = 0,
 ) -> tuple[_Partial, jax.Array]:
-    """Joins a split, on the right, to those before it. A side without keys leaves the other one's bits as they are."""
+    """Joins a split, on the right, to those before it. A side without keys leaves the other one's bits as they are.
+
+    `axis` of the values counts the rows that have a maximum and a total each.
+    """
     maximum = jnp.maximum(left.maximum, right.maximum)
     a, b = jnp.exp2(left.maximum - maximum), jnp.exp2(right.maximum - maximum)
 
@@ -272,15 +286,15 @@ def _merge(
 
     wide_a, wide_b = a, b
     if left_values.ndim > a.ndim:
-        wide_a, wide_b = (lax.broadcast_in_dim(x, left_values.shape, [0]) for x in (a, b))
+        wide_a, wide_b = (lax.broadcast_in_dim(x, left_values.shape, [axis]) for x in (a, b))
     total = join(left.total, right.total, a, b)
     return _Partial(maximum, total), join(left_values, right_values, wide_a, wide_b)
 
 
-def _normalise(partial: _Partial, values: jax.Array, dtype: Any) -> jax.Array:
+def _normalise(partial: _Partial, values: jax.Array, dtype: Any, axis: int = 0) -> jax.Array:
     inverse = 1.0 / partial.total
     if values.ndim > inverse.ndim:
-        inverse = lax.broadcast_in_dim(inverse, values.shape, [0])
+        inverse = lax.broadcast_in_dim(inverse, values.shape, [axis])
     # A split that a row does not see can turn its -0.0 into +0.0; the add leaves no -0.0 to any variant.
     return ((values + 0.0) * inverse).astype(dtype)
 
@@ -295,11 +309,12 @@ class _Product:
 
     interpret: bool
     matrix: Any = plgpu.Layout.WGMMA
+    vector: Any = plgpu.Layout.WGMMA.reduce(1)
 
     def __call__(self, a: jax.Array, b: jax.Array) -> jax.Array:
         if self.interpret:
             return lax.optimization_barrier(a * b)
-        layout = self.matrix if a.ndim == 2 else self.matrix.reduce(1)
+        layout = self.matrix if a.ndim == 2 else self.vector
         result = plgpu.ShapeDtypeStruct(a.shape, jnp.float32, layout=layout)
 
         @plgpu.inline_mgpu(arg_types=(layout, layout), return_type=result)
