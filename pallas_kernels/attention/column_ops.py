@@ -18,6 +18,7 @@ _Ref = Any
 _Value = Any  # of MLIR
 _COLUMNS = 8
 _PAD = 4  # words behind a row of `send`, so that the 8 rows begin in different banks
+MAXIMA = 32  # words of scratch of `column_max`
 WGMMA = plgpu.Layout.WGMMA
 COLUMN = plgpu.Layout.WGMMA.reduce(0)  # a number a column
 _COLUMN_TYPE = plgpu.ShapeDtypeStruct((_COLUMNS,), jnp.float32, layout=COLUMN)
@@ -103,10 +104,9 @@ def total(lanes: jax.Array) -> jax.Array:
     return run(lanes)
 
 
-def store_columns(values: jax.Array, out: _Ref, rows: int) -> None:
-    """Stores the first `rows` columns of values [H, 8] as rows of `out` [rows, H] in global memory."""
+def store_columns(values: jax.Array, out: _Ref, rows: int, stride: int) -> None:
+    """Stores the first `rows` columns of values [n, 8] as rows of `out` [rows, n], `stride` apart in global memory."""
     size = values.dtype.itemsize
-    h = values.shape[0]
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), WGMMA))
     def run(_: Any, out: Any, values: fa.FragmentedArray) -> None:
@@ -117,7 +117,7 @@ def store_columns(values: jax.Array, out: _Ref, rows: int) -> None:
             where = _add(first, _const(64 * (number // 2) + 8 * (number % 2)))
             for i in (0, 1):
                 head = _add(_times(column, 2), _const(i))
-                offset = _times(_add(_times(head, h), where), size)
+                offset = _times(_add(_times(head, stride), where), size)
                 there = arith.cmpi(arith.CmpIPredicate.ult, head, _const(rows))
                 to = arith.addi(base, arith.extui(ir.IntegerType.get_signless(64), offset))
                 value = _part(register, i)
@@ -146,13 +146,13 @@ def store_stats(maximum: jax.Array, total: jax.Array, out: _Ref) -> None:
     run(out, maximum, total)
 
 
-def partial_words(h: int) -> int:
+def partial_words(rows: int, h: int) -> int:
     """32-bit words that `send` writes."""
-    return _COLUMNS * (h + _PAD) + 2 * _COLUMNS
+    return rows * (h + _PAD) + 2 * _COLUMNS
 
 
-def send(values: jax.Array, maximum: jax.Array, total: jax.Array, ref: _Ref) -> None:
-    """Leaves a split in this CTA's shared memory: values [H, 8], maximum and total [8]."""
+def send(values: jax.Array, maximum: jax.Array, total: jax.Array, ref: _Ref, rows: int) -> None:
+    """Leaves a split in this CTA's shared memory: `rows` columns of values [H, 8], maximum and total [8]."""
     h = values.shape[0]
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), WGMMA, COLUMN, COLUMN))
@@ -166,16 +166,17 @@ def send(values: jax.Array, maximum: jax.Array, total: jax.Array, ref: _Ref) -> 
             where = _add(first, _const(64 * (number // 2) + 8 * (number % 2)))
             for i in (0, 1):
                 head = _add(_times(column, 2), _const(i))
+                there = arith.cmpi(arith.CmpIPredicate.ult, head, _const(rows))
                 to = _add(base, _times(_add(_times(head, h + _PAD), where), 4))
-                _assembly("st.shared.f32 [$0], $1;", [to, _part(register, i)], "r,f")
+                _assembly("st.shared.f32 [$0], $1;", [to, _part(register, i)], "r,f", predicate=there)
         for which, array in enumerate((maximum, total)):
-            to = _add(base, _const(4 * _COLUMNS * (h + _PAD + which)))
+            to = _add(base, _const(4 * (rows * (h + _PAD) + _COLUMNS * which)))
             _store_pair(_add(to, _times(column, 8)), [_part(array.registers.flat[0], i) for i in (0, 1)])
 
     run(ref, values, maximum, total)
 
 
-def receive(ref: _Ref, peer: int, unit: jax.Array, h: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def receive(ref: _Ref, peer: int, unit: jax.Array, rows: int, h: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """128 numbers from 128 * unit on of what CTA `peer` of the cluster sent, and their rows' maximum and total."""
     height = 128 // h
     layout = plgpu.Layout.WG_STRIDED((height, h), vec_size=1)
@@ -186,14 +187,16 @@ def receive(ref: _Ref, peer: int, unit: jax.Array, h: int) -> tuple[jax.Array, j
         thread = utils.thread_idx()
         row = arith.divui(thread, _const(h)) if height > 1 else _const(0)
         place = arith.remui(thread, _const(h)) if height > 1 else thread
-        row = arith.minui(_add(_times(unit.registers.item(), height), row), _const(_COLUMNS - 1))
+        row = arith.minui(_add(_times(unit.registers.item(), height), row), _const(rows - 1))
         i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
         base = _assembly(
             "mapa.shared::cluster.u32 $0, $1, $2;", [_address(ref), _const(peer)], "=r,r,r", i32
         )
         offsets = [
             _times(_add(_times(row, h + _PAD), place), 4),
-            *(_add(_const(4 * _COLUMNS * (h + _PAD + which)), _times(row, 4)) for which in (0, 1)),
+            *(
+                _add(_const(4 * (rows * (h + _PAD) + _COLUMNS * which)), _times(row, 4)) for which in (0, 1)
+            ),
         ]
         out = []
         for offset in offsets:

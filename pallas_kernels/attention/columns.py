@@ -29,7 +29,6 @@ from .mosaic_gpu import (
     _arrive_in_cluster,
     _choose,
     _extent,
-    _fence,
     _join_kernel,
     _merge,
     _multiply,
@@ -57,7 +56,8 @@ def run_columns(
     b, t, kv_heads, group, h = shape.b, shape.t, shape.kv_heads, shape.group, shape.h
     heads, parts = b * kv_heads, config.parts
     rows = q.reshape(b, t, kv_heads, group, h).transpose(0, 2, 1, 3, 4).reshape(heads, t * group, h)
-    height = 128 // h
+    width = h // config.value_parts
+    height = 128 // width
     joined = jax.ShapeDtypeStruct((heads, pl.cdiv(problem.rows, height) * height, h), q.dtype)
     outs: list[Any] = [joined]
     if config.second_launch:
@@ -66,7 +66,8 @@ def run_columns(
         ]
     elif parts > 1 and problem.interpret:
         outs += [
-            jax.ShapeDtypeStruct((heads, 2, parts, *each), jnp.float32) for each in ((COLUMNS, h), (2, COLUMNS))
+            jax.ShapeDtypeStruct((heads, config.value_parts, 2, parts, *each), jnp.float32)
+            for each in ((COLUMNS, width), (2, COLUMNS))
         ]
     cluster: dict[str, Any] = {}
     if config.in_cluster:
@@ -76,7 +77,7 @@ def run_columns(
         "columns",
         out_type=outs,
         scratch_types=_scratch(problem),
-        grid=(heads,) if config.in_cluster else (parts, heads),
+        grid=(heads * config.value_parts,) if config.in_cluster else (parts, heads * config.value_parts),
         grid_names=("head",) if config.in_cluster else ("part", "head"),
         num_threads=1,
         **cluster,
@@ -100,7 +101,7 @@ def run_columns(
 
 def _scratch(problem: _Problem) -> dict[str, Any]:
     h, config, block = problem.shape.h, problem.config, problem.plan.block
-    keys, values = config.stages, config.value_stages
+    keys, values, width = config.stages, config.value_stages, h // config.value_parts
     whole, transforms = (problem.parts, COLUMNS, _WIDTH), _tiled(problem.dtype.itemsize)
     q: Any = plgpu.SMEM(whole, problem.dtype, transforms=transforms)
     if not problem.interpret:  # see _Problem.queries
@@ -109,21 +110,20 @@ def _scratch(problem: _Problem) -> dict[str, Any]:
         "q": q,
         "q_full": plgpu.Barrier(num_arrivals=problem.parts),
         "k": problem.operand(keys, _TILE, h),
-        "v": problem.operand(values, _TILE, h),
+        "v": problem.operand(values, _TILE, width),
         "k_full": plgpu.Barrier(num_arrivals=1, num_barriers=keys),
         "v_full": plgpu.Barrier(num_arrivals=1, num_barriers=values),
         "weights": problem.operand(2, COLUMNS, block),
     }
     if problem.interpret:
         scratch["scores_acc"] = plgpu.SMEM((2, _TILE, COLUMNS), jnp.float32)
-        scratch["values_acc"] = plgpu.SMEM((h, COLUMNS), jnp.float32)
+        scratch["values_acc"] = plgpu.SMEM((width, COLUMNS), jnp.float32)
         if config.parts > 1 and config.in_cluster:
             scratch["sent"] = plgpu.ClusterBarrier(collective_axes=("part",))
     else:
-        scratch["unrounded"] = plgpu.SMEM((block * COLUMNS,), jnp.float32)
-        scratch["maxima"] = plgpu.SMEM((4 * COLUMNS,), jnp.float32)
-        if config.parts > 1 and config.in_cluster:
-            scratch["sent"] = plgpu.SMEM((2, ops.partial_words(h)), jnp.float32)
+        # One buffer, as each begins at a multiple of 1024 bytes.
+        sent = 2 * ops.partial_words(problem.rows, width) if config.parts > 1 and config.in_cluster else 0
+        scratch["words"] = plgpu.SMEM((block * COLUMNS + ops.MAXIMA + sent,), jnp.float32)
     return scratch
 
 
@@ -137,8 +137,14 @@ def _kernel(
     **scratch: _Ref,
 ) -> None:
     smem, shape, config = types.SimpleNamespace(**scratch), problem.shape, problem.config
+    if not problem.interpret:
+        weights = problem.plan.block * COLUMNS
+        smem.unrounded, smem.maxima = smem.words.at[pl.ds(0, weights)], smem.words.at[pl.ds(weights, ops.MAXIMA)]
     parts, per_split = jnp.int32(config.parts), jnp.int32(problem.plan.blocks_per_split)
-    index, part = lax.axis_index("head"), lax.axis_index("part")
+    part = lax.axis_index("part")
+    index, share = (f(lax.axis_index("head"), jnp.int32(config.value_parts)) for f in (lax.div, lax.rem))
+    width = shape.h // config.value_parts
+    mine_of = pl.ds(share * width, width)  # columns of the values
     row, kv_head = lax.div(index, jnp.int32(shape.kv_heads)), lax.rem(index, jnp.int32(shape.kv_heads))
 
     def split_at(i: jax.Array) -> jax.Array:
@@ -155,16 +161,18 @@ def _kernel(
         first = block_at(lax.div(tile, jnp.int32(2))) * 2 + lax.rem(tile, jnp.int32(2))
         keys = pl.ds(jnp.minimum(first, last) * _TILE, _TILE)  # past the cache nothing is seen
         full = getattr(smem, f"{what}_full").at[slot]
-        plgpu.copy_gmem_to_smem(src.at[row, keys, kv_head], getattr(smem, what).at[slot], full)
+        columns = pl.ds(0, shape.h) if what == "k" else mine_of
+        plgpu.copy_gmem_to_smem(src.at[row, keys, kv_head, columns], getattr(smem, what).at[slot], full)
 
     q_smem, q_plain = (smem.q, smem.q) if problem.interpret else (smem.q[0], smem.q[1])
     # Before it is known how many blocks there are: the first one nearly always is.
-    for what in ("k", "v"):
-        for tile in (0, 1):
-            copy(what, tile)
+    for tile in (0, 1):
+        copy("k", tile)
     for i in range(problem.parts):
         target = q_plain.at[i, pl.ds(0, problem.rows)]
         plgpu.copy_gmem_to_smem(q_gmem.at[index, :, pl.ds(i * _WIDTH, _WIDTH)], target, smem.q_full)
+    for tile in (0, 1):
+        copy("v", tile)
     start = positions_gmem[row, 0]
     blocks, splits = _extent(problem, start)
     mine = lax.div(splits - part + parts - 1, parts)  # part, part + parts, ...
@@ -191,13 +199,17 @@ def _kernel(
                 plgpu.barrier_wait(getattr(smem, name).at[slot])
 
     if config.parts == 1:
-        _alone(problem, walk, outs[0].at[index])
+        _alone(problem, walk, outs[0].at[index, :, mine_of])
     elif config.second_launch:
-        end = _leave(problem, [out.at[index] for out in outs], split_at)
+        left = [outs[0].at[index, :, :, mine_of], outs[1].at[index]]
+        end = _leave(problem, left, split_at)
         pl.when(count > 0)(lambda: (walk(end, None), None)[1])
         pl.when(count == 0)(idle)
     else:
-        _in_cluster(problem, smem, walk, idle, count, mine, splits, outs, index, part)
+        exchange = [out.at[index, share] for out in outs[1:]]
+        _in_cluster(
+            problem, smem, walk, idle, count, mine, splits, outs[0].at[index, :, mine_of], exchange, part
+        )
 
 
 # --- a walk over the keys -------------------------------------------------------------------------------------------
@@ -345,7 +357,12 @@ def _walk(
 
     if problem.interpret:
         return whole(smem.values_acc)
-    return pl.run_scoped(whole, plgpu.ACC((problem.shape.h, COLUMNS), jnp.float32))
+    return pl.run_scoped(whole, plgpu.ACC((_width(problem), COLUMNS), jnp.float32))
+
+
+def _width(problem: _Problem) -> int:
+    """Columns of the values that a CTA works on."""
+    return problem.shape.h // problem.config.value_parts
 
 
 def _with_accumulators(problem: _Problem, smem: types.SimpleNamespace, body: Callable[..., Any]) -> Any:
@@ -404,7 +421,7 @@ def _alone(problem: _Problem, walk: Callable[[_EndSplit, Any], Any], out: _Ref) 
         return _merge(before, split, before_values, values, product, 1)
 
     zero = plgpu.layout_cast(jnp.zeros((COLUMNS,), jnp.float32), ops.COLUMN)
-    values = plgpu.layout_cast(jnp.zeros((problem.shape.h, COLUMNS), jnp.float32), plgpu.Layout.WGMMA)
+    values = plgpu.layout_cast(jnp.zeros((_width(problem), COLUMNS), jnp.float32), plgpu.Layout.WGMMA)
     joined, values = walk(end_split, (_Partial(_empty().maximum, zero), values))
     _store(problem, _normalise(joined, values, problem.dtype, 1), out)
 
@@ -415,7 +432,7 @@ def _store(problem: _Problem, values: jax.Array, out: _Ref) -> None:
     if problem.interpret:
         out.at[pl.ds(0, rows)][...] = values.T[:rows]
     else:
-        ops.store_columns(values, out, rows)
+        ops.store_columns(values, out, rows, problem.shape.h)
 
 
 def _leave(problem: _Problem, outs: list[_Ref], split_at: Callable[[jax.Array], jax.Array]) -> _EndSplit:
@@ -441,15 +458,15 @@ def _in_cluster(
     count: jax.Array,
     mine: jax.Array,
     splits: jax.Array,
-    outs: tuple[_Ref, ...],
-    index: jax.Array,
+    out: _Ref,
+    exchange: list[_Ref],
     part: jax.Array,
 ) -> None:
     """Each round the CTAs of a cluster finish a split each, and every one joins all of them, for its share of the rows.
 
     What a round leaves is joined at the end of the next one, so that nobody waits for the slowest.
     """
-    h, parts = problem.shape.h, problem.config.parts
+    h, parts = _width(problem), problem.config.parts
     height = 128 // h
     layout = plgpu.Layout.WG_STRIDED((height, h), vec_size=1)
     product = _Product(problem.interpret, layout)
@@ -459,14 +476,18 @@ def _in_cluster(
     def full(value: float) -> jax.Array:
         return plgpu.layout_cast(jnp.full((height, h), value, jnp.float32), layout)
 
+    def sent(slot: jax.Array) -> _Ref:
+        words = ops.partial_words(problem.rows, h)
+        return smem.words.at[pl.ds(problem.plan.block * COLUMNS + ops.MAXIMA + slot * words, words)]
+
     def send(turn: jax.Array, maximum: jax.Array, total: jax.Array, values: jax.Array) -> None:
         slot = lax.rem(turn, jnp.int32(2))
         if problem.interpret:
-            outs[1].at[index, slot, part][...] = values.T
+            exchange[0].at[slot, part][...] = values.T
             for which, value in enumerate((maximum, total)):
-                outs[2].at[index, slot, part, which][...] = value
+                exchange[1].at[slot, part, which][...] = value
         else:
-            ops.send(values, maximum, total, smem.sent.at[slot])
+            ops.send(values, maximum, total, sent(slot), problem.rows)
 
     def arrive() -> None:
         _arrive_in_cluster(smem.sent) if problem.interpret else ops.cluster_arrive()
@@ -476,15 +497,15 @@ def _in_cluster(
 
     def receive(slot: jax.Array, peer: int, unit: jax.Array) -> tuple[_Partial, jax.Array]:
         if not problem.interpret:
-            value, maximum, total = ops.receive(smem.sent.at[slot], peer, unit, h)
+            value, maximum, total = ops.receive(sent(slot), peer, unit, problem.rows, h)
             return _Partial(maximum, total), value
         rows = jnp.minimum(unit * height + jnp.arange(height), COLUMNS - 1)
-        values, stats = outs[1].at[index, slot, peer][...], outs[2].at[index, slot, peer][...]
+        values, stats = exchange[0].at[slot, peer][...], exchange[1].at[slot, peer][...]
         wide = jnp.broadcast_to(stats[:, rows][..., None], (2, height, h))
         return _Partial(wide[0], wide[1]), values[rows]
 
     def join(turn: jax.Array, joined: Any) -> Any:
-        out = []
+        joins = []
         for i, (before, values) in enumerate(joined):
             unit = part + i * parts
             got = [receive(lax.rem(turn, jnp.int32(2)), peer, unit) for peer in range(parts)]
@@ -496,8 +517,8 @@ def _in_cluster(
                 before, values = _merge(
                     before, split, values, _choose(there, split_values, full(0.0)), product
                 )
-            out.append((before, values))
-        return out
+            joins.append((before, values))
+        return joins
 
     def end_round(turn: jax.Array, joined: Any, send: Callable[[], None]) -> Any:
         def join_last(joined: Any) -> Any:
@@ -530,13 +551,10 @@ def _in_cluster(
         unit = part + i * parts
 
         def store(unit: jax.Array = unit, partial: _Partial = partial, values: jax.Array = values) -> None:
-            out = _normalise(partial, values, problem.dtype)
-            outs[0].at[index, pl.ds(unit * height, height)][...] = out
+            out.at[pl.ds(unit * height, height)][...] = _normalise(partial, values, problem.dtype)
 
         pl.when(unit < units)(store)
     if not problem.interpret:
         ops.cluster_arrive()  # no CTA may end while another one reads its memory
         ops.cluster_wait()
 
-
-_unused = _fence

@@ -34,6 +34,7 @@ class AttentionConfig:
         second_launch: the parts are no cluster, and may be any number; another kernel joins the splits.
         stages: blocks of keys that are in shared memory.
         value_stages: blocks of values.
+        value_parts: "columns" only: CTAs, 1 or 2, that walk the same keys, each for its share of the values' columns.
         kv_group: KV heads (of all batch rows) whose tiles are next to each other in the launch order.
     """
 
@@ -42,6 +43,7 @@ class AttentionConfig:
     second_launch: bool = False
     stages: int = 2
     value_stages: int = 2
+    value_parts: int = 1
     kv_group: int = 1
 
     def __post_init__(self) -> None:
