@@ -14,14 +14,15 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
+from .config import COLUMNS
+
 _Ref = Any
 _Value = Any  # of MLIR
-_COLUMNS = 8
 _PAD = 4  # words behind a row of `send`, so that the 8 rows begin in different banks
 MAXIMA = 32  # words of scratch of `column_max`
 WGMMA = plgpu.Layout.WGMMA
 COLUMN = plgpu.Layout.WGMMA.reduce(0)  # a number a column
-_COLUMN_TYPE = plgpu.ShapeDtypeStruct((_COLUMNS,), jnp.float32, layout=COLUMN)
+_COLUMN_TYPE = plgpu.ShapeDtypeStruct((COLUMNS,), jnp.float32, layout=COLUMN)
 
 
 def column_max(scores: tuple[jax.Array, jax.Array], scratch: _Ref) -> jax.Array:
@@ -35,9 +36,9 @@ def column_max(scores: tuple[jax.Array, jax.Array], scratch: _Ref) -> jax.Array:
             pair = [_larger([x, utils.shfl_bfly(x, distance)]) for x in pair]
         warp, _, column = _place()
         base = _add(_address(ref), _times(column, 8))
-        _store_pair(_add(base, _times(warp, 4 * _COLUMNS)), pair)
+        _store_pair(_add(base, _times(warp, 4 * COLUMNS)), pair)
         utils.warpgroup_barrier()
-        parts = [_load_pair(_add(base, _const(4 * _COLUMNS * i))) for i in range(4)]
+        parts = [_load_pair(_add(base, _const(4 * COLUMNS * i))) for i in range(4)]
         return _column([_larger([part[i] for part in parts]) for i in (0, 1)])
 
     return run(scratch, *scores)
@@ -47,7 +48,8 @@ def store_weights(
     weights: tuple[jax.Array, jax.Array], rounded: tuple[jax.Array, jax.Array], target: _Ref, unrounded: _Ref
 ) -> None:
     """Stores two tiles of weights: rounded, transposed, to `target` [8, 128], and as they are to `unrounded`."""
-    transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    tiling, swizzle = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)  # type: ignore[abstract]
+    transforms = (tiling, swizzle)
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(transforms), plgpu.RefType(), *[WGMMA] * 4))
     def run(_: Any, target: Any, unrounded: Any, *tiles: fa.FragmentedArray) -> None:
@@ -57,8 +59,8 @@ def store_weights(
             whole, narrow = list(tiles[tile].registers.flat), list(tiles[2 + tile].registers.flat)
             for half in (0, 1):
                 key = _add(first, _const(8 * half))
-                place = _add(_times(key, 4 * _COLUMNS), _times(column, 8))
-                base = _add(_address(unrounded), _const(64 * 4 * _COLUMNS * tile))
+                place = _add(_times(key, 4 * COLUMNS), _times(column, 8))
+                base = _add(_address(unrounded), _const(64 * 4 * COLUMNS * tile))
                 _store_pair(_add(base, place), [_part(whole[half], i) for i in (0, 1)])
                 for i in (0, 1):
                     head = _add(_times(column, 2), _const(i))
@@ -77,8 +79,8 @@ def sum_lanes(unrounded: _Ref) -> jax.Array:
     )
     def run(_: Any, ref: Any) -> fa.FragmentedArray:
         _, row, column = _place()
-        base = _add(_address(ref), _add(_times(row, 4 * _COLUMNS), _times(column, 8)))
-        groups = [_load_pair(_add(base, _const(8 * 4 * _COLUMNS * i))) for i in range(16)]
+        base = _add(_address(ref), _add(_times(row, 4 * COLUMNS), _times(column, 8)))
+        groups = [_load_pair(_add(base, _const(8 * 4 * COLUMNS * i))) for i in range(16)]
         pair = groups[0]
         for group in groups[1:]:
             pair = [arith.addf(x, y) for x, y in zip(pair, group, strict=True)]
@@ -148,7 +150,7 @@ def store_stats(maximum: jax.Array, total: jax.Array, out: _Ref) -> None:
 
 def partial_words(rows: int, h: int) -> int:
     """32-bit words that `send` writes."""
-    return rows * (h + _PAD) + 2 * _COLUMNS
+    return rows * (h + _PAD) + 2 * COLUMNS
 
 
 def send(values: jax.Array, maximum: jax.Array, total: jax.Array, ref: _Ref, rows: int) -> None:
@@ -170,13 +172,15 @@ def send(values: jax.Array, maximum: jax.Array, total: jax.Array, ref: _Ref, row
                 to = _add(base, _times(_add(_times(head, h + _PAD), where), 4))
                 _assembly("st.shared.f32 [$0], $1;", [to, _part(register, i)], "r,f", predicate=there)
         for which, array in enumerate((maximum, total)):
-            to = _add(base, _const(4 * (rows * (h + _PAD) + _COLUMNS * which)))
+            to = _add(base, _const(4 * (rows * (h + _PAD) + COLUMNS * which)))
             _store_pair(_add(to, _times(column, 8)), [_part(array.registers.flat[0], i) for i in (0, 1)])
 
     run(ref, values, maximum, total)
 
 
-def receive(ref: _Ref, peer: int, unit: jax.Array, rows: int, h: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def receive(
+    ref: _Ref, peer: int, unit: jax.Array, rows: int, h: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """128 numbers from 128 * unit on of what CTA `peer` of the cluster sent, and their rows' maximum and total."""
     height = 128 // h
     layout = plgpu.Layout.WG_STRIDED((height, h), vec_size=1)
@@ -189,14 +193,10 @@ def receive(ref: _Ref, peer: int, unit: jax.Array, rows: int, h: int) -> tuple[j
         place = arith.remui(thread, _const(h)) if height > 1 else thread
         row = arith.minui(_add(_times(unit.registers.item(), height), row), _const(rows - 1))
         i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
-        base = _assembly(
-            "mapa.shared::cluster.u32 $0, $1, $2;", [_address(ref), _const(peer)], "=r,r,r", i32
-        )
+        base = _assembly("mapa.shared::cluster.u32 $0, $1, $2;", [_address(ref), _const(peer)], "=r,r,r", i32)
         offsets = [
             _times(_add(_times(row, h + _PAD), place), 4),
-            *(
-                _add(_const(4 * (rows * (h + _PAD) + _COLUMNS * which)), _times(row, 4)) for which in (0, 1)
-            ),
+            *(_add(_const(4 * (rows * (h + _PAD) + COLUMNS * which)), _times(row, 4)) for which in (0, 1)),
         ]
         out = []
         for offset in offsets:
@@ -266,7 +266,7 @@ def _pack(pair: list[_Value]) -> _Value:
 
 def _column(pair: list[_Value]) -> fa.FragmentedArray:
     layout = COLUMN.to_mgpu()
-    registers = np.full(layout.registers_shape((_COLUMNS,)), _pack(pair), dtype=object)
+    registers = np.full(layout.registers_shape((COLUMNS,)), _pack(pair), dtype=object)
     return fa.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
 
 
