@@ -10,9 +10,10 @@ in ascending order (`merge`).
 * "split" (decode, short chunks): one consumer, whose rows are the queries and the heads of one KV head. `parts` CTAs
   take every parts-th split and leave it in global memory. Then, if they are a cluster, each joins all splits of some
   of the rows, else a second launch does. One part alone joins them in shared memory like "tiles".
+* "columns" (decode): like "split" for at most 8 rows, with the two products transposed (`columns.py`).
 
 A row's bits do not depend on its place among the 64, nor on the rows beside it, and blocks and splits that a row does
-not see change nothing in it: so both variants, every tile and every number of CTAs give a query the same bits. What is
+not see change nothing in it: so all variants, every tile and every number of CTAs give a query the same bits. What is
 multiplied, rounded and added in which order stands once, in `arithmetic.py`.
 """
 
@@ -21,7 +22,6 @@ import math
 import jax
 import jax.extend.backend
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
 
 from .columns import run_columns
 from .config import COLUMNS, ROWS, AttentionConfig, AttentionShape, choose_config
@@ -66,7 +66,7 @@ def attention_mosaic_gpu(
         ValueError: If a shape, a type, `scale`, `plan`, `config` or the device is not covered.
     """
     shape = _check_operands(q, k, v, positions, plan, scale)
-    config = config or choose_config(shape, pl.cdiv(shape.s, plan.split))
+    config = config or choose_config(shape, q.dtype, plan)
     if config.variant == "split" and shape.t * shape.group > ROWS:
         raise ValueError(
             f"variant='split' takes up to {ROWS} rows, not T={shape.t} times N/K={shape.group}; use 'tiles'"
@@ -74,6 +74,10 @@ def attention_mosaic_gpu(
     if config.variant == "columns" and shape.t * shape.group > COLUMNS:
         raise ValueError(
             f"variant='columns' takes up to {COLUMNS} rows, not T={shape.t} times N/K={shape.group}; use 'split'"
+        )
+    if config.value_parts * 64 > shape.h:
+        raise ValueError(
+            f"value_parts={config.value_parts} leaves a CTA less than 64 of head_dim={shape.h}; use value_parts=1"
         )
     if not interpret:
         _check_device()
