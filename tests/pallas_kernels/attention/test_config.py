@@ -59,6 +59,16 @@ def test_the_measured_points_get_the_fastest_or_one_within_a_hundredth():
     )
 
 
+def test_the_documented_ratios_are_those_of_what_is_chosen():
+    lines = {}
+    for row in sorted(measured(), key=lambda row: row["s"]):
+        now = row["ratio"][name(choice(row["b"], 1, row["s"]))]
+        lines.setdefault(row["b"], []).append(f"{now:.2f} ({row['ratio']['present']:.2f})")
+    text = (Path(__file__).parents[3] / "docs" / "performance.md").read_text()
+    for b, cells in lines.items():
+        assert f"| batch {b} | {' | '.join(cells)} |" in text
+
+
 def test_every_configuration_of_columns_was_compared_on_a_gpu():
     compared = {variant: bits for row in measured() for variant, bits in row["bits"].items()}
     assert all(
