@@ -225,7 +225,7 @@ def check_chunks(
 
 def _choice(heads: Heads, b: int, t: int, s: int) -> AttentionConfig:
     shape = AttentionShape(b=b, t=t, s=s, kv_heads=heads.kv_heads, group=heads.group, h=heads.h)
-    return choose_config(shape, -(-s // PLAN.split))
+    return choose_config(shape, heads.dtype, PLAN)
 
 
 def check_forced(heads: Heads, length: int, kind: str, chunk: int, start: int) -> dict[str, Any]:
@@ -244,6 +244,29 @@ def check_forced(heads: Heads, length: int, kind: str, chunk: int, start: int) -
     for config in configs:
         out = run_at(q[:, start : start + chunk], k, v, [start], config)
         differs[str(config)] = differing(out[0], whole[0, start : start + chunk])
+    return verdict(differs)
+
+
+def check_columns(heads: Heads, length: int, kind: str, chunk: int, starts: list[int]) -> dict[str, Any]:
+    """Chunks at `starts`, each a row of one batch, in every way that "columns" has; at most 8 rows a KV head."""
+    q, k, v = inputs(heads, length, kind)
+    whole, differs = base(heads, length, kind), {}
+    columns = functools.partial(AttentionConfig, variant="columns")
+    configs = [
+        columns(stages=3, value_stages=3),
+        *(columns(parts=parts, stages=6, value_stages=6) for parts in (1, 2, 4, 8)),
+        columns(parts=8, second_launch=True, stages=6, value_stages=6),
+        columns(parts=32, second_launch=True, stages=3, value_stages=3),
+    ]
+    if heads.h == 128:
+        configs += [columns(parts=parts, value_parts=2, stages=8, value_stages=8) for parts in (1, 2)]
+    queries = np.concatenate([q[:, s : s + chunk] for s in starts])
+    caches = [filled(a, [s + chunk for s in starts], length, 777.0) for a in (k, v)]
+    for config in configs:
+        out = run_at(queries, *caches, starts, config)
+        differs |= {
+            f"{config} at {s}": differing(out[i], whole[0, s : s + chunk]) for i, s in enumerate(starts)
+        }
     return verdict(differs)
 
 
@@ -379,6 +402,17 @@ class Speed:
 
 SEAMS = [0, 1, 63, 64, 127, 128, 129, 511, 512, 513, 640, 1023, 1024, 1100, 1535, 1536, 1999]
 part = functools.partial
+#: What "columns" may be chosen for once it has been compared, and queries of a call.
+COLUMN_HEADS = (
+    (Heads(), 1),
+    (Heads(group=1), 1),
+    (Heads(group=2), 1),
+    (Heads(group=2), 4),
+    (Heads(group=8), 1),
+    (Heads(h=64), 1),
+    (Heads(dtype=F16), 1),
+    (Heads(h=64, dtype=F16, group=3), 2),
+)
 
 
 def first_bits() -> Iterator[Check]:
@@ -395,6 +429,10 @@ def first_bits() -> Iterator[Check]:
     yield "variants 32768", part(check_forced, h128, 32768, "normal", 1, 32760)
     yield "variants h 64", part(check_forced, Heads(h=64, group=3), 2000, "wide", 3, 1990)
     yield "variants wide", part(check_forced, h128, 2000, "wide", 3, 1990)
+    late = [0, 511, 512, 4096, 16000, 32000, 32767]
+    yield "columns 32768", part(check_columns, h128, 32768, "normal", 1, late)
+    for heads, chunk in COLUMN_HEADS:
+        yield f"columns {heads}", part(check_columns, heads, 2000, "wide", chunk, SEAMS[:-1])
     for heads in (Heads(h=64), Heads(dtype=F16), Heads(h=64, dtype=F16, group=3), Heads(kv_heads=8, group=2)):
         yield f"decode {heads}", part(check_chunks, heads, 2000, "wide", 1, SEAMS)
         yield f"chunks {heads}", part(check_chunks, heads, 2000, "wide", 100, [0, 65, 500, 1900])
@@ -414,6 +452,7 @@ def other_bits() -> Iterator[Check]:
         yield f"decode {kind}", part(check_chunks, h128, 2000, kind, 1, SEAMS)
         if kind != "wide":  # among the first
             yield f"variants {kind}", part(check_forced, h128, 2000, kind, 3, 1990)
+            yield f"columns {kind}", part(check_columns, h128, 2000, kind, 1, SEAMS)
     yield "decode alone", part(check_chunks, h128, 2000, "normal", 1, [0, 511, 512, 1999], batched=False)
     for chunk in (7, 16, 64, 100, 333, 1000):
         at = [0, 1, 65, 500, 777, 1000]
@@ -428,6 +467,7 @@ def tiny_checks() -> Iterator[Check]:
     heads = Heads(h=64, group=2)
     yield "numerics", part(check_numerics, heads, 200, "wide")
     yield "decode", part(check_chunks, heads, 200, "normal", 1, [0, 130], capacity=256)
+    yield "columns", part(check_chunks, Heads(), 256, "normal", 1, [0, 130])
     yield "batch", part(check_batch, heads, 136, ("normal", "zeros"))
     yield "twin", part(check_twin, heads, 200)
     case = Speed(b=1, t=1, s=128, kv_heads=1, group=2, h=64, clock=WallClock())

@@ -1,12 +1,24 @@
 """Which variant of the GPU kernel runs, as data: shapes decide, and no bit depends on it."""
 
 import dataclasses
-from typing import Literal
+import functools
+from typing import Any, Literal
+
+import jax.numpy as jnp
+
+from .plan import AttentionPlan
 
 ROWS = 64  # of a warpgroup's tile: (query, head of the group) pairs; what wgmma multiplies at a time
+COLUMNS = 8  # (query, head) pairs of a tile where they are wgmma's columns, the fewest it has
 _RESIDENT_CLUSTERS = {1: 132, 2: 66, 4: 30, 8: 15}  # of 1, 2, 4 and 8 CTAs, one CTA an SM, on an H200
+_SMS = _RESIDENT_CLUSTERS[1]
 _LEAST_SAVED = 256  # splits a CTA, times H, that a second launch must save
 _L2_BYTES = 24_000_000  # of keys and values that CTAs which run at the same time may walk
+# Of "columns", in tiles of 64 keys, for H = 128: what fits an SM if one CTA has it alone, and if two share it.
+_STAGES_ALONE, _STAGES_SHARED = 6, 3
+_STAGES_HALVES = 8  # alone, with half of the values' columns
+#: (parts, stages) of "columns" with a second launch that were compared on a GPU, most CTAs first.
+_SECOND_LAUNCHES = ((64, 3), (32, 3), (16, 6), (8, 6), (8, 3), (4, 3))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,30 +40,36 @@ class AttentionConfig:
     Attributes:
         variant: "tiles" gives a warpgroup 64 queries of one head, two warpgroups a CTA, and walks all keys in the CTA.
             "split" gives one warpgroup all heads of a KV head and all queries, at most 64 rows together, and shares out
-            the splits over CTAs.
+            the splits over CTAs. "columns" is "split" for at most 8 rows, which are the columns of the products.
         parts: CTAs that share out the splits. 1, 2, 4 or 8 are a cluster, and join the splits themselves.
         second_launch: the parts are no cluster, and may be any number; another kernel joins the splits.
-        stages: blocks of keys that are in shared memory.
-        value_stages: blocks of values.
+        stages: blocks of keys that are in shared memory; for "columns", tiles of 64 keys, half a block.
+        value_stages: the same for values.
+        value_parts: "columns" only: CTAs, 1 or 2, that walk the same keys, each for its share of the values' columns.
         kv_group: KV heads (of all batch rows) whose tiles are next to each other in the launch order.
     """
 
-    variant: Literal["tiles", "split"]
+    variant: Literal["tiles", "split", "columns"]
     parts: int = 1
     second_launch: bool = False
     stages: int = 2
     value_stages: int = 2
+    value_parts: int = 1
     kv_group: int = 1
 
     def __post_init__(self) -> None:
-        sizes = range(2, 133) if self.second_launch else _RESIDENT_CLUSTERS
-        if self.variant not in ("tiles", "split") or self.parts not in sizes:
+        if self.variant not in ("tiles", "split", "columns"):
+            raise ValueError(f"variant={self.variant!r} must be 'tiles', 'split' or 'columns'")
+        if self.parts not in (range(2, _SMS + 1) if self.second_launch else _RESIDENT_CLUSTERS):
             raise ValueError(
-                f"variant={self.variant!r} must be 'tiles' or 'split', parts={self.parts} 1, 2, 4 or 8, or 2 to 132 "
-                "with second_launch"
+                f"parts={self.parts} must be 1, 2, 4 or 8 as a cluster, or 2 to {_SMS} with second_launch=True"
             )
         if self.variant == "tiles" and self.parts > 1:
             raise ValueError(f"variant='tiles' shares out nothing; parts={self.parts} must be 1")
+        if self.value_parts not in ((1, 2) if self.variant == "columns" else (1,)):
+            raise ValueError(
+                f"value_parts={self.value_parts} of variant={self.variant!r} must be 1; 'columns' takes 1 or 2"
+            )
         if min(self.stages, self.value_stages) < 2 or self.kv_group < 1:
             raise ValueError(
                 f"stages={self.stages} and value_stages={self.value_stages} must be at least 2 and "
@@ -64,19 +82,58 @@ class AttentionConfig:
         return not self.second_launch
 
 
-def choose_config(shape: AttentionShape, splits: int) -> AttentionConfig:
-    """The variant for a call whose cache holds `splits` splits: a function of the shape alone."""
+def columns_compared(shape: AttentionShape, dtype: Any, plan: AttentionPlan) -> bool:
+    """Whether the bits of "columns" have been compared with the other variants' on a GPU for such calls.
+
+    `benchmarks/results/decode_variants_h200.json` has bfloat16, head_dim 128, 4 heads a KV head, one query a row,
+    caches of whole blocks and the default plan, with 8 KV heads. Fewer, as tp cuts them, are fewer of the same CTAs:
+    what one does depends on its batch row and KV head alone. `tests/gpu/test_attention_bits.py` and
+    `benchmarks/check_attention.py` force it for others (1, 2 and 8 heads a KV head, several queries, head_dim 64,
+    float16, caches that end within a block); when these have passed on a GPU, this may grow.
+    """
+    heads = shape.group == 4 and shape.h == 128 and shape.kv_heads <= 8
+    keys = plan == AttentionPlan() and shape.s % plan.block == 0
+    return heads and keys and shape.t == 1 and jnp.dtype(dtype) == jnp.bfloat16
+
+
+def choose_config(shape: AttentionShape, dtype: Any, plan: AttentionPlan) -> AttentionConfig:
+    """The variant for a call: a function of its shape, dtype and plan alone.
+
+    Args:
+        shape: sizes of the call; s is the capacity of the cache.
+        dtype: of q, k and v.
+        plan: its splits are what CTAs share out.
+    """
     if shape.t * shape.group > ROWS:
         bytes_a_head = 4 * shape.s * shape.h
         together = max(1, min(shape.b * shape.kv_heads, _L2_BYTES // bytes_a_head))
         return AttentionConfig(variant="tiles", kv_group=together)
-    rows = shape.b * shape.kv_heads
-    fitting = [c for c, clusters in _RESIDENT_CLUSTERS.items() if rows <= clusters and c <= splits]
-    cluster, most = max(fitting, default=1), min(splits, _RESIDENT_CLUSTERS[1] // rows)
-    # Clusters leave SMs idle. A second launch costs some microseconds, as long as a CTA takes for half a split.
-    turns_saved = -(-splits // cluster) - -(-splits // most) if most > cluster else 0
-    second_launch = turns_saved * shape.h >= _LEAST_SAVED
-    stages, value_stages = (2, 3) if shape.h == 128 else (4, 4)
+    heads, splits = shape.b * shape.kv_heads, -(-shape.s // plan.split)
+    # Clusters whose CTAs all run at once, one an SM.
+    cluster = max(
+        (c for c, clusters in _RESIDENT_CLUSTERS.items() if heads <= clusters and c <= splits), default=1
+    )
+    choose = _choose_columns if columns_compared(shape, dtype, plan) else _choose_split
+    return choose(heads, splits, cluster, shape.h)
+
+
+def _choose_columns(heads: int, splits: int, cluster: int, h: int) -> AttentionConfig:
+    columns = functools.partial(AttentionConfig, variant="columns")
+    if heads * (cluster + 1) <= _SMS:  # clusters leave SMs idle
+        for parts, stages in _SECOND_LAUNCHES:
+            resident = _SMS if stages == _STAGES_ALONE else 2 * _SMS
+            if heads * parts <= resident and _pays(splits, cluster, parts, h):
+                return columns(parts=parts, second_launch=True, stages=stages, value_stages=stages)
+    if cluster == 2 and 2 * heads <= _RESIDENT_CLUSTERS[2]:
+        return columns(parts=2, value_parts=2, stages=_STAGES_HALVES, value_stages=_STAGES_HALVES)
+    stages = _STAGES_ALONE if heads * cluster <= _SMS else _STAGES_SHARED
+    return columns(parts=cluster, stages=stages, value_stages=stages)
+
+
+def _choose_split(heads: int, splits: int, cluster: int, h: int) -> AttentionConfig:
+    most = min(splits, _SMS // heads)
+    second_launch = most > cluster and _pays(splits, cluster, most, h)
+    stages, value_stages = (2, 3) if h == 128 else (4, 4)
     return AttentionConfig(
         variant="split",
         parts=most if second_launch else cluster,
@@ -84,3 +141,8 @@ def choose_config(shape: AttentionShape, splits: int) -> AttentionConfig:
         stages=stages,
         value_stages=value_stages,
     )
+
+
+def _pays(splits: int, cluster: int, parts: int, h: int) -> bool:
+    """Whether `parts` CTAs and a second launch beat a cluster: it costs what a CTA takes for some half a split."""
+    return parts <= splits and (-(-splits // cluster) - -(-splits // parts)) * h >= _LEAST_SAVED

@@ -1,5 +1,7 @@
 """Attention on a Hopper GPU: prefill, chunks, decode and every variant of the kernel give a query the same bits."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -77,6 +79,53 @@ def test_every_variant_has_the_same_bits(hopper):
     # twin: another plan is another order
     plan = AttentionPlan(blocks_per_split=2)
     assert differing(attention_mosaic_gpu(q[:, -2:], k, v, where, plan=plan, scale=0.1), outs[0])
+
+
+columns = partial(AttentionConfig, variant="columns")
+#: Every way in which "columns" shares out its work; with 64 columns of values there are no halves.
+COLUMNS = (
+    columns(stages=3, value_stages=3),
+    columns(stages=6, value_stages=6),
+    columns(parts=2, stages=6, value_stages=6),
+    columns(parts=4, stages=6, value_stages=6),
+    columns(parts=8, stages=6, value_stages=6),  # CTAs without a split
+    columns(parts=2, second_launch=True, stages=3, value_stages=3),
+    columns(parts=8, second_launch=True, stages=6, value_stages=6),
+)
+HALVES = tuple(columns(parts=parts, value_parts=2, stages=8, value_stages=8) for parts in (1, 2, 4))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("make", [normal, wide, cancelling])
+@pytest.mark.parametrize(
+    ("dtype", "kv_heads", "group", "h", "count"),
+    [
+        (jnp.bfloat16, 2, 4, 128, 1),
+        (jnp.bfloat16, 2, 1, 128, 1),
+        (jnp.bfloat16, 2, 2, 128, 1),
+        (jnp.bfloat16, 2, 8, 128, 1),
+        (jnp.bfloat16, 1, 3, 128, 2),
+        (jnp.bfloat16, 2, 4, 64, 1),
+        (jnp.bfloat16, 1, 7, 64, 1),
+        (jnp.float16, 2, 4, 128, 1),
+        (jnp.float16, 2, 2, 64, 4),
+    ],
+)
+def test_columns_have_the_bits_of_prefill(hopper, make, dtype, kv_heads, group, h, count):
+    if dtype == jnp.float16 and make is wide:
+        pytest.skip("2**24 of spread is more than float16 has")
+    q, k, v = operands(make, dtype, kv_heads, group, h)
+    whole = attention(q, k, v, at([0], LENGTH), backend="mosaic_gpu")
+    starts = [p for p in SEAMS if p + count <= LENGTH]
+    caches = [jnp.tile(a, (len(starts), 1, 1, 1)) for a in (k, v)]
+    queries = jnp.concatenate([q[:, p : p + count] for p in starts])
+    expected = jnp.concatenate([whole[:, p : p + count] for p in starts])
+    scale = h**-0.5
+    for config in COLUMNS + (HALVES if h == 128 else ()):
+        run = partial(attention_mosaic_gpu, queries, *caches, at(starts, count), scale=scale, config=config)
+        assert_same_bits(run(plan=AttentionPlan()), expected)
+    # twin: another plan is another order
+    assert differing(run(plan=AttentionPlan(blocks_per_split=2)), expected)
 
 
 @pytest.mark.gpu

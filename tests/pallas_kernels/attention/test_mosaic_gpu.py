@@ -1,4 +1,4 @@
-"""The Hopper kernel on the CPU: its order and synchronisation in interpret mode, its choices, and what it refuses.
+"""The Hopper kernel on the CPU: its order and synchronisation in interpret mode, and what it refuses.
 
 Bits of a GPU need a GPU: `benchmarks/check_attention.py` compares those.
 """
@@ -12,16 +12,17 @@ import numpy as np
 import pytest
 
 from tbik_jax.pallas_kernels.attention.api import attention, attention_backend
-from tbik_jax.pallas_kernels.attention.config import AttentionConfig, AttentionShape, choose_config
+from tbik_jax.pallas_kernels.attention.config import AttentionConfig
 from tbik_jax.pallas_kernels.attention.mosaic_gpu import attention_mosaic_gpu
 from tbik_jax.pallas_kernels.attention.plan import AttentionPlan
 from tbik_jax.pallas_kernels.attention.reference import attention_reference
-from tests.helpers import assert_as_accurate, differing
+from tests.helpers import assert_as_accurate, cancelling, differing
 
 BF16, F16 = jnp.bfloat16, jnp.float16
 #: A block a split, so that few keys are many splits.
 PLAN = AttentionPlan(block=128, blocks_per_split=1)
 TILES = AttentionConfig(variant="tiles")
+columns = functools.partial(AttentionConfig, variant="columns")
 
 
 @pytest.fixture(autouse=True)
@@ -102,6 +103,27 @@ def assert_close(out, q, k, v, starts):
             AttentionConfig(variant="split", parts=3, second_launch=True),
             BF16,
         ),
+        (
+            (3, 1, 200, 1, 2, 128),
+            [0, 127, 199],
+            columns(stages=3, value_stages=3),
+            BF16,
+        ),  # ragged rows and cache
+        (
+            (1, 3, 392, 1, 2, 64),
+            [380],
+            columns(stages=4, value_stages=3),
+            F16,
+        ),  # the next block's scores ahead
+        (
+            (1, 1, 648, 1, 5, 128),
+            [640],
+            columns(parts=2, stages=3, value_stages=5),
+            BF16,
+        ),  # an odd number of rows
+        ((1, 1, 520, 1, 8, 64), [130], columns(parts=4, stages=5), BF16),  # CTAs without a split
+        ((2, 1, 520, 1, 3, 64), [130, 519], columns(parts=3, second_launch=True, stages=4), BF16),
+        ((2, 1, 392, 1, 3, 128), [127, 391], columns(parts=2, value_parts=2, stages=4, value_stages=4), BF16),
     ],
 )
 def test_it_is_attention(shape, starts, config, dtype):
@@ -116,43 +138,33 @@ def test_splits_of_several_blocks():
     assert_close(out, q, k, v, [640])
 
 
-def test_keys_after_a_query_do_not_enter_and_those_before_do():
+@functools.cache
+def three_splits(config, plan=PLAN):
+    """Values cancel, so that the order of the adds shows in the bits."""
+    q, k, v = operands(1, 1, 264, 1, 3, 128)
+    v = jnp.asarray(cancelling(np.random.default_rng(0), v.shape, BF16))
+    return interpreted(q, k * 0.1, v, [263], config, plan)
+
+
+@pytest.mark.parametrize(
+    "config", [columns(parts=2), columns(parts=3, second_launch=True, stages=4), columns(value_parts=2)]
+)
+def test_how_columns_share_out_the_work_changes_no_bit(config):
+    assert not differing(three_splits(config), three_splits(columns()))
+
+
+def test_another_plan_of_columns_has_other_bits():  # the twin of the test before
+    other = AttentionPlan(block=128, blocks_per_split=3)
+    assert differing(three_splits(columns(), other), three_splits(columns()))
+
+
+@pytest.mark.parametrize("config", [AttentionConfig(variant="split"), columns()])
+def test_keys_after_a_query_do_not_enter_and_those_before_do(config):
     q, k, v = operands(1, 1, 256, 1, 2, 64)
-    config = AttentionConfig(variant="split")
     whole = interpreted(q, k, v, [130], config)
     after = interpreted(q, k.at[:, 131:].set(jnp.nan), v.at[:, 131:].set(300), [130], config)
     assert not differing(after, whole)
     assert differing(interpreted(q, k, v.at[:, 130].set(300), [130], config), whole)  # the twin
-
-
-# --- choices -----------------------------------------------------------------------------------------------
-
-
-def choice(b, t, s, kv_heads=8, group=4):
-    return choose_config(AttentionShape(b=b, t=t, s=s, kv_heads=kv_heads, group=group, h=128), -(-s // 512))
-
-
-def test_few_queries_share_out_the_splits_and_many_do_not():
-    assert choice(1, 1, 4096) == AttentionConfig(variant="split", parts=8, value_stages=3)
-    assert choice(1, 1, 1024).parts == 2  # no more CTAs than splits
-    assert choice(8, 1, 4096).parts == 2
-    assert choice(32, 1, 4096).parts == 1
-    assert choice(1, 16, 4096).variant == "split"
-    assert choice(1, 17, 4096).variant == "tiles"
-
-
-def test_a_second_launch_fills_the_gpu_where_clusters_do_not():
-    long = AttentionConfig(variant="split", parts=16, second_launch=True, value_stages=3)
-    assert choice(1, 1, 32768) == long
-    assert choice(3, 1, 32768).parts == 5
-    assert not choice(1, 1, 8192).second_launch  # too little to gain
-    assert not choice(8, 1, 32768).second_launch
-
-
-def test_what_runs_side_by_side_fits_the_cache():
-    assert choice(1, 2048, 2048).kv_group == 8
-    assert choice(1, 16384, 16384).kv_group == 2
-    assert choice(1, 262144, 262144).kv_group == 1
 
 
 @pytest.mark.parametrize(
@@ -184,6 +196,11 @@ def test_a_models_backend_follows_its_heads(backend, head_dim, group, expected):
         ({"plan": AttentionPlan(block=64)}, "blocks of 128 keys, not 64"),
         ({"scale": -1.0}, "scale=-1.0 must be positive"),
         ({"t": 33, "config": AttentionConfig(variant="split")}, "up to 64 rows, not T=33 times N/K=2"),
+        ({"t": 5, "config": columns()}, "up to 8 rows, not T=5 times N/K=2; use 'split'"),
+        (
+            {"config": columns(value_parts=2)},
+            "value_parts=2 leaves a CTA less than 64 of head_dim=64; use value_parts=1",
+        ),
     ],
 )
 def test_it_refuses_what_it_does_not_cover(change, message):
@@ -209,23 +226,6 @@ def test_it_refuses_what_it_does_not_cover(change, message):
             config=case["config"],
             interpret=True,
         )
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"variant": "other"}, "variant='other'"),
-        ({"variant": "split", "parts": 3}, "parts=3"),
-        ({"variant": "split", "parts": 1, "second_launch": True}, "2 to 132 with second_launch"),
-        ({"variant": "split", "value_stages": 1}, "value_stages=1 must be at least 2"),
-        ({"variant": "tiles", "parts": 2}, "parts=2 must be 1"),
-        ({"variant": "tiles", "stages": 1}, "stages=1 and value_stages=2 must be at least 2"),
-        ({"variant": "tiles", "kv_group": 0}, "kv_group=0 at least 1"),
-    ],
-)
-def test_a_variant_that_cannot_run_is_refused(fields, message):
-    with pytest.raises(ValueError, match=message):
-        AttentionConfig(**fields)
 
 
 def test_it_needs_a_hopper_gpu():
