@@ -1,7 +1,9 @@
 """Device meshes with the axes data, fsdp and tp."""
 
+import contextlib
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -73,6 +75,23 @@ def resolve_mesh(mesh: Mesh | None) -> Mesh:
     missing = tuple(name for name in AXES if name not in mesh.axis_names)
     devices = mesh.devices.reshape((1,) * len(missing) + mesh.devices.shape)
     return Mesh(devices, missing + tuple(mesh.axis_names))
+
+
+def entered(mesh: Mesh, values: Any) -> contextlib.AbstractContextManager[Any]:
+    """Makes `mesh` the ambient one for a call with `values`, since JAX refuses a `shard_map` under another one.
+
+    Raises:
+        ValueError: the values are being traced, under another ambient mesh.
+    """
+    if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(values)):
+        return jax.set_mesh(mesh)
+    ambient = jax.sharding.get_abstract_mesh()
+    if not ambient.empty and ambient != mesh.abstract_mesh:
+        raise ValueError(
+            f"the ambient mesh of this jax.jit has the axes {ambient.axis_names}, and the call's is {mesh_label(mesh)} "
+            f"with {AXES}; make the ambient one with tbik_jax.make_mesh, or set none"
+        )
+    return contextlib.nullcontext()
 
 
 def mesh_label(mesh: Mesh) -> str:

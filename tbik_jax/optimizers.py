@@ -1,6 +1,8 @@
 """What optax lacks for bits that no mesh changes: a global norm in one order, fp32 state for bfloat16 parameters.
 
-optax's own optimisers are elementwise and serve as they are. Its global norm is not: XLA adds it up by shards.
+optax's elementwise optimisers (adamw, sgd, lion, rmsprop, ...) serve as they are. What adds up over a parameter does not,
+since XLA adds it up by shards: optax's global norm, and optimisers with norms or means of their own (adafactor, muon,
+lamb, lars).
 """
 
 import functools
@@ -15,7 +17,7 @@ from jax.sharding import Mesh
 from .collectives import tree_psum
 from .layers.base import FSDP, TP
 from .loading import parameter_shardings
-from .mesh import resolve_mesh
+from .mesh import entered, resolve_mesh
 from .pallas_kernels.common.rounding import mul, pin
 from .pallas_kernels.common.tree import tree_join
 from .pallas_kernels.tree_matmul.plan import LEAVES
@@ -47,7 +49,8 @@ def global_norm(tree: Any, *, mesh: Mesh | None = None) -> jax.Array:
 
     # check_vma: as in steps.py, the butterfly ends replicated, which cannot be inferred
     mapped = jax.shard_map(body, mesh=where, in_specs=(specs,), out_specs=jax.P(), check_vma=False)
-    return mapped(jax.tree.leaves(tree))
+    with entered(where, tree):
+        return mapped(jax.tree.leaves(tree))
 
 
 def clip_by_global_norm(max_norm: float, *, mesh: Mesh | None = None) -> optax.GradientTransformation:
@@ -66,7 +69,8 @@ def clip_by_global_norm(max_norm: float, *, mesh: Mesh | None = None) -> optax.G
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         norm = global_norm(updates, mesh=where)
-        factor = jnp.where(norm > max_norm, jnp.float32(max_norm) / norm, jnp.float32(1))
+        # a norm that is NaN is not below: then every gradient becomes NaN, as in optax, and nobody takes it for a step
+        factor = jnp.where(norm <= max_norm, jnp.float32(1), jnp.float32(max_norm) / norm)
         return jax.tree.map(lambda x: mul(x.astype(jnp.float32), factor).astype(x.dtype), updates), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)

@@ -68,7 +68,7 @@ class RmsNorm(nnx.Module):
     ) -> tuple[jax.Array, jax.Array]:
         """The residual stream x, with what is still to be added to it, and that normalised."""
         if pending is None:
-            return x, parallel.numerics.rms_norm(x, self.scale(parallel), eps=self.eps)
+            return parallel.numerics.keep_rms_norm(x, self.scale(parallel), eps=self.eps)
         return parallel.numerics.add_rms_norm(x, pending, self.scale(parallel), eps=self.eps)
 
     def scale(self, parallel: Parallel) -> jax.Array:

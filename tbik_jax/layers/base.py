@@ -57,6 +57,10 @@ class Numerics(Protocol):
         """RMSNorm over the last axis."""
         ...
 
+    def keep_rms_norm(self, x: jax.Array, scale: jax.Array, *, eps: float) -> tuple[jax.Array, jax.Array]:
+        """x, which goes on beside it, and RMSNorm of x: `add_rms_norm` with nothing to add."""
+        ...
+
     def add_rms_norm(
         self, x: jax.Array, y: jax.Array, scale: jax.Array, *, eps: float
     ) -> tuple[jax.Array, jax.Array]:

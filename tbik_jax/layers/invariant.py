@@ -70,6 +70,9 @@ class InvariantNumerics:
     def rms_norm(self, x: jax.Array, scale: jax.Array, *, eps: float) -> jax.Array:
         return rms_norm(x, scale, eps=eps, backend=self._row_backend(x.dtype, norm_refusal(x, scale)))
 
+    def keep_rms_norm(self, x: jax.Array, scale: jax.Array, *, eps: float) -> tuple[jax.Array, jax.Array]:
+        return x, self.rms_norm(x, scale, eps=eps)
+
     def add_rms_norm(
         self, x: jax.Array, y: jax.Array, scale: jax.Array, *, eps: float
     ) -> tuple[jax.Array, jax.Array]:

@@ -43,6 +43,9 @@ class PlainNumerics:
         inverse = lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
         return (wide * inverse * scale.astype(jnp.float32)).astype(x.dtype)
 
+    def keep_rms_norm(self, x: jax.Array, scale: jax.Array, *, eps: float) -> tuple[jax.Array, jax.Array]:
+        return x, self.rms_norm(x, scale, eps=eps)
+
     def add_rms_norm(
         self, x: jax.Array, y: jax.Array, scale: jax.Array, *, eps: float
     ) -> tuple[jax.Array, jax.Array]:

@@ -65,8 +65,8 @@ class InvariantTraining(InvariantNumerics):
     def row_parallel(self, x: jax.Array, w: jax.Array) -> jax.Array:
         return _row_parallel(self, x, w)
 
-    def rms_norm(self, x: jax.Array, scale: jax.Array, *, eps: float) -> jax.Array:
-        return _rms_norm(self, x, scale, eps)
+    def keep_rms_norm(self, x: jax.Array, scale: jax.Array, *, eps: float) -> tuple[jax.Array, jax.Array]:
+        return _keep_rms_norm(self, x, scale, eps)
 
     def add_rms_norm(
         self, x: jax.Array, y: jax.Array, scale: jax.Array, *, eps: float
@@ -220,17 +220,24 @@ _row_parallel.defvjp(lambda ops, x, w: (_row_parallel(ops, x, w), (x, w)), _row_
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
-def _rms_norm(ops: InvariantTraining, x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    return ops.forward.rms_norm(x, scale.astype(x.dtype), eps=eps)
+def _keep_rms_norm(
+    ops: InvariantTraining, x: jax.Array, scale: jax.Array, eps: float
+) -> tuple[jax.Array, jax.Array]:
+    return ops.forward.keep_rms_norm(x, scale.astype(x.dtype), eps=eps)
 
 
-def _rms_norm_bwd(ops: InvariantTraining, eps: float, saved: Any, dy: jax.Array) -> tuple[jax.Array, ...]:
-    x, scale = saved
-    dx, dscale = rms_norm_backward(x, scale.astype(x.dtype), dy, eps=eps, leaves=ops.token_leaves)
+def _norm_bwd(ops: InvariantTraining, eps: float, saved: Any, cts: Any) -> tuple[jax.Array, jax.Array]:
+    """The gradient that comes along the residual stream is added before the one rounding."""
+    total, scale = saved
+    dtotal, dout = cts
+    narrow = scale.astype(total.dtype)
+    dx, dscale = rms_norm_backward(total, narrow, dout, eps=eps, leaves=ops.token_leaves, residual=dtotal)
     return dx, ops.join_scale(dscale)
 
 
-_rms_norm.defvjp(lambda ops, x, scale, eps: (_rms_norm(ops, x, scale, eps), (x, scale)), _rms_norm_bwd)
+_keep_rms_norm.defvjp(
+    lambda ops, x, scale, eps: (_keep_rms_norm(ops, x, scale, eps), (x, scale)), _norm_bwd
+)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 4))
@@ -248,11 +255,8 @@ def _add_rms_norm_fwd(
 
 
 def _add_rms_norm_bwd(ops: InvariantTraining, eps: float, saved: Any, cts: Any) -> tuple[jax.Array, ...]:
-    total, scale = saved
-    dtotal, dout = cts
-    narrow = scale.astype(total.dtype)
-    dx, dscale = rms_norm_backward(total, narrow, dout, eps=eps, leaves=ops.token_leaves, residual=dtotal)
-    return dx, dx, ops.join_scale(dscale)
+    dx, dscale = _norm_bwd(ops, eps, saved, cts)
+    return dx, dx, dscale
 
 
 _add_rms_norm.defvjp(_add_rms_norm_fwd, _add_rms_norm_bwd)
