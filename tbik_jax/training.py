@@ -19,10 +19,12 @@ from jax.sharding import PartitionSpec as P
 
 from .collectives import tree_psum
 from .layers.base import Parallel
+from .layers.batch_invariant import BatchInvariantTraining
 from .layers.plain_training import PlainTraining, PlainTrainingParallel
 from .layers.training import InvariantTraining, TrainingParallel
 from .loading import parameter_path, parameter_shardings
 from .mesh import BATCH_AXES, resolve_mesh
+from .microbatches import tree_scan
 from .models.qwen3 import Qwen3
 from .models.qwen3.modules import Batch
 from .pallas_kernels.common.backend import device_backend
@@ -82,7 +84,8 @@ class TrainingModel:
         return ops.token_logprobs(hidden, self.parallel.weight(*self.head), targets)[:, :-1]
 
 
-LossFunction = Callable[[TrainingModel, Any], Losses]
+#: With `has_aux`, the result is (losses, anything that is an array [B, ...] in all its leaves).
+LossFunction = Callable[[TrainingModel, Any], Any]
 
 
 def value_and_grad(
@@ -93,7 +96,8 @@ def value_and_grad(
     microbatches: int = 1,
     remat: bool = True,
     scan_layers: bool | None = None,
-) -> Callable[[Qwen3, Any], tuple[jax.Array, nnx.State]]:
+    has_aux: bool = False,
+) -> Callable[[Qwen3, Any], tuple[Any, nnx.State]]:
     """A function of (model, batch) that returns the mean loss and its gradients, the same bits on every mesh.
 
     `loss_fn(model, batch)` gets a `TrainingModel` and this rank's rows of the batch, and returns each token's loss and
@@ -104,16 +108,21 @@ def value_and_grad(
         loss_fn: the losses of some rows. It is traced; the same function object is compiled once.
         mesh: with any of the axes data, fsdp and tp, of powers of two, data * fsdp at most 8; None for the ambient
             mesh, else one device.
-        numerics: "invariant", or "plain" for XLA's own reductions.
+        numerics: "invariant"; "plain" for XLA's own reductions; or "batch_invariant" for the invariant ones but for
+            sums over tp, which are `lax.psum`'s.
         microbatches: passes that the batch is cut into, to save memory: runs of consecutive rows. The gradients of all
             are added up before the result, as the upper part of the tree, so no bit changes.
         remat: compute each layer's values again in the backward pass instead of keeping them. No bit changes.
         scan_layers: run the layers as a scan over one compiled layer; None does so on the CPU.
+        has_aux: `loss_fn` returns ((losses, weights), aux), aux a pytree of arrays with a leading entry for each of its
+            rows, such as the log-probabilities that the loss was made of. They come back for the whole batch in the
+            order of its rows, cut over data and fsdp.
 
     Returns:
         A function of a Flax NNX model and a batch (a pytree of arrays with B leading rows). It gives the loss,
-        float32 [], and an `nnx.State` like `nnx.state(model, nnx.Param)`, float32, sharded like the parameters. It can
-        be called under a `jax.jit` of one's own, with `compiler_options=tbik_jax.training.COMPILER_OPTIONS`.
+        float32 [] (with `has_aux` the pair of it and aux), and an `nnx.State` like `nnx.state(model, nnx.Param)`,
+        float32, sharded like the parameters. It can be called under a `jax.jit` of one's own, with
+        `compiler_options=tbik_jax.training.COMPILER_OPTIONS`.
 
     Raises:
         ValueError: (from the result) ranks, micro-batches or token numbers that cut no complete subtrees; see the
@@ -126,7 +135,7 @@ def value_and_grad(
             f"microbatches={microbatches} must be 1, 2, 4 or 8, to be part of a tree of 8 leaves"
         )
 
-    def run(model: Qwen3, batch: Any) -> tuple[jax.Array, nnx.State]:
+    def run(model: Qwen3, batch: Any) -> tuple[Any, nnx.State]:
         where = resolve_mesh(mesh)
         graphdef, state = nnx.split(model, nnx.Param)
         shardings = parameter_shardings(state, where)
@@ -145,17 +154,18 @@ def value_and_grad(
             remat=remat,
             scan_layers=where.devices.flat[0].platform == "cpu" if scan_layers is None else scan_layers,
             dtype=jnp.dtype(model.dtype).name,
+            has_aux=has_aux,
         )
-        if numerics == "invariant":
+        if numerics != "plain":
             check_plans(model.config, model.dtype)
         _check_batch(batch, plan)
         values = jax.tree.leaves(state)
         if any(isinstance(x, jax.core.Tracer) for x in (*values, *jax.tree.leaves(batch))):
-            loss, gradients = _mapped(plan)(values, batch)
+            loss, aux, gradients = _mapped(plan)(values, batch)
         else:
             values = jax.device_put(values, jax.tree.leaves(shardings))
-            loss, gradients = _jitted(plan)(values, batch)
-        return loss, jax.tree.unflatten(plan.treedef, gradients)
+            loss, aux, gradients = _jitted(plan)(values, batch)
+        return (loss, aux) if has_aux else loss, jax.tree.unflatten(plan.treedef, gradients)
 
     return run
 
@@ -176,6 +186,7 @@ class _Plan:
     remat: bool
     scan_layers: bool
     dtype: str
+    has_aux: bool
 
     @property
     def ranks(self) -> int:
@@ -199,10 +210,9 @@ class _Plan:
         if self.numerics == "plain":
             plain = PlainTraining(cudnn=device.platform == "gpu", dtype=self.dtype)
             return PlainTrainingParallel(numerics=plain, **common)
-        invariant = InvariantTraining(
-            backend=device_backend(device), token_leaves=self.token_leaves, dtype=self.dtype
-        )
-        return TrainingParallel(numerics=invariant, **common)
+        kind = InvariantTraining if self.numerics == "invariant" else BatchInvariantTraining
+        ops = kind(backend=device_backend(device), token_leaves=self.token_leaves, dtype=self.dtype)
+        return TrainingParallel(numerics=ops, **common)
 
 
 def _check_batch(batch: Any, plan: _Plan) -> None:
@@ -228,36 +238,37 @@ def _check_batch(batch: Any, plan: _Plan) -> None:
 
 @functools.lru_cache(maxsize=64)
 def _jitted(plan: _Plan) -> Any:
-    options = INVARIANT_OPTIONS if plan.numerics == "invariant" else {}
+    options = {} if plan.numerics == "plain" else INVARIANT_OPTIONS
     return jax.jit(_mapped(plan), compiler_options=options)
 
 
-def _mapped(plan: _Plan) -> Callable[[list[jax.Array], Any], tuple[jax.Array, list[jax.Array]]]:
+def _mapped(plan: _Plan) -> Callable[[list[jax.Array], Any], tuple[jax.Array, Any, list[jax.Array]]]:
     """The gradient as one `shard_map` over whole arrays."""
 
-    def call(values: list[jax.Array], batch: Any) -> tuple[jax.Array, list[jax.Array]]:
+    def call(values: list[jax.Array], batch: Any) -> tuple[jax.Array, Any, list[jax.Array]]:
         # Rows of a pass lie together in the batch, so that the passes are the upper levels of the tree.
         cut = jax.tree.map(lambda x: x.reshape(plan.microbatches, -1, *x.shape[1:]), batch)
         mapped = jax.shard_map(
             functools.partial(_body, plan),
             mesh=plan.mesh,
             in_specs=(list(plan.specs), P(None, BATCH_AXES)),
-            out_specs=(P(), list(plan.specs)),
+            out_specs=(P(), P(None, BATCH_AXES), list(plan.specs)),
             check_vma=False,  # as in steps.py: the butterfly ends replicated, which cannot be inferred
         )
-        return mapped(values, cut)
+        loss, aux, gradients = mapped(values, cut)
+        return loss, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), aux), gradients
 
     return call
 
 
-def _body(plan: _Plan, values: list[jax.Array], batches: Any) -> tuple[jax.Array, list[jax.Array]]:
-    """Loss and gradients of all passes, from this rank's parameters and rows [microbatches, B, ...]."""
+def _body(plan: _Plan, values: list[jax.Array], batches: Any) -> tuple[jax.Array, Any, list[jax.Array]]:
+    """Loss, aux [microbatches, B, ...] and gradients, from this rank's parameters and rows [microbatches, B, ...]."""
     wide = [value.astype(jnp.float32) for value in values]
 
-    def one(batch: Any) -> Any:
-        """(sum of losses, sum of weights, gradients, that of the head) of one pass, joined over all ranks."""
+    def one(batch: Any) -> tuple[Any, Any]:
+        """(sum of losses, sum of weights, gradients, that of the head) of one pass, joined over all ranks; aux."""
 
-        def losses(parameters: list[jax.Array], head: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def losses(parameters: list[jax.Array], head: jax.Array) -> tuple[jax.Array, tuple[jax.Array, Any]]:
             module = nnx.merge(plan.graphdef, jax.tree.unflatten(plan.treedef, parameters))
             model = TrainingModel(
                 module=module,
@@ -266,33 +277,48 @@ def _body(plan: _Plan, values: list[jax.Array], batches: Any) -> tuple[jax.Array
                 scan_layers=plan.scan_layers,
                 remat=plan.remat,
             )
-            loss, weights = plan.loss_fn(model, batch)
-            return _checked(loss, weights)
+            result = plan.loss_fn(model, batch)
+            (loss, weights), aux = result if plan.has_aux else (result, None)
+            _check_losses(loss, weights)
+            _check_aux(aux, jax.tree.leaves(batch)[0].shape[0])
+            return loss, (weights, aux)
 
-        loss, pullback, weights = jax.vjp(losses, wide, wide[plan.head], has_aux=True)
+        loss, pullback, (weights, aux) = jax.vjp(losses, wide, wide[plan.head], has_aux=True)
         weights = lax.stop_gradient(weights).astype(jnp.float32)
-        return _token_sum(plan, mul(loss, weights)), _token_sum(plan, weights), *pullback(weights)
+        sums = _token_sum(plan, mul(loss, weights)), _token_sum(plan, weights)
+        return (*sums, *pullback(weights)), aux
 
     if plan.microbatches == 1:
-        total, weight, gradients, head = one(jax.tree.map(lambda x: x[0], batches))
+        sums, aux = one(jax.tree.map(lambda x: x[0], batches))
+        aux = jax.tree.map(lambda x: x[None], aux)
     else:
-        total, weight, gradients, head = _tree_scan(one, batches, plan.microbatches)
+        sums, aux = tree_scan(one, batches, plan.microbatches)
+    total, weight, gradients, head = sums
     # The weights before the logits have a gradient of their own. Where they are the embedding's too, both are added
     # here, whole, and not pass by pass: each is a tree.
     gradients[plan.head] = gradients[plan.head] + head
     # Without weights there is no mean; the gradients are zeros then, and the loss too.
     weight = jnp.where(weight > 0, weight, jnp.float32(jnp.inf))
-    return total / weight, [div(each, weight) for each in gradients]
+    return total / weight, aux, [div(each, weight) for each in gradients]
 
 
-def _checked(loss: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _check_losses(loss: jax.Array, weights: jax.Array) -> None:
     if loss.ndim != 2 or loss.shape != weights.shape or loss.dtype != jnp.float32:
         raise ValueError(
             "the loss function returned losses "
             f"{loss.dtype} {loss.shape} and weights {weights.dtype} {weights.shape}; it must return float32 losses "
             "[B, T] and weights of the same shape"
         )
-    return loss, weights
+
+
+def _check_aux(aux: Any, rows: int) -> None:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(aux):
+        shape = getattr(leaf, "shape", ())
+        if not shape or shape[0] != rows:
+            raise ValueError(
+                f"aux{jax.tree_util.keystr(path)} of the loss function has shape {tuple(shape)}; it must have a "
+                f"leading entry for each of the {rows} rows, as ranks and passes are put together by rows"
+            )
 
 
 def _token_sum(plan: _Plan, x: jax.Array) -> jax.Array:
@@ -304,35 +330,6 @@ def _token_sum(plan: _Plan, x: jax.Array) -> jax.Array:
     return tree_psum(tree_join(list(tree_sum(tree_sum(x).reshape(runs, -1)))), BATCH_AXES)
 
 
-def _tree_scan(one: Callable[[Any], Any], batches: Any, count: int) -> Any:
-    """Adds up one(batch) over the leading dimension as a balanced tree, with one pass in memory at a time.
-
-    A binary counter: a sum of 2**n passes waits at level n for the next one like it.
-    """
-    levels = count.bit_length() - 1
-    shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], batches))
-    zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-
-    def step(waiting: list[Any], item: tuple[jax.Array, Any]) -> tuple[list[Any], None]:
-        index, batch = item
-        value, climbing, kept = one(batch), jnp.bool_(True), list(waiting)
-        for level in range(levels + 1):
-            here = climbing & ((index >> level) & 1 == 0)
-            if level == levels:
-                here = climbing
-            kept[level] = _choose(here, value, waiting[level])
-            joined = jax.tree.map(jnp.add, waiting[level], value)
-            value, climbing = _choose(climbing & ~here, joined, value), climbing & ~here
-        return kept, None
-
-    waiting, _ = lax.scan(step, [zero] * (levels + 1), (jnp.arange(count), batches))
-    return waiting[levels]
-
-
-def _choose(condition: jax.Array, yes: Any, no: Any) -> Any:
-    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
-
-
 def train_step(
     loss_fn: LossFunction,
     *,
@@ -341,14 +338,16 @@ def train_step(
     microbatches: int = 1,
     remat: bool = True,
     scan_layers: bool | None = None,
-) -> Callable[[Qwen3, nnx.Optimizer, Any], jax.Array]:
+    has_aux: bool = False,
+) -> Callable[[Qwen3, nnx.Optimizer, Any], Any]:
     """A compiled step of (model, optimizer, batch): gradients and update in one program, in place.
 
     The arguments are `value_and_grad`'s. The model lies on the mesh (`shard_model`) and the optimiser was made from it
     there. Parameters and optimiser state keep their shardings; their old buffers are reused.
 
     Returns:
-        A function that updates the model and the optimiser and returns the loss before the update, float32 [].
+        A function that updates the model and the optimiser and returns the loss before the update, float32 [], or
+        (loss, aux) with `has_aux`.
     """
     gradient = value_and_grad(
         loss_fn,
@@ -357,20 +356,21 @@ def train_step(
         microbatches=microbatches,
         remat=remat,
         scan_layers=scan_layers,
+        has_aux=has_aux,
     )
 
     @functools.lru_cache(maxsize=8)
     def compiled(graphdef: Any, treedef: Any, shardings: tuple[Any, ...]) -> Any:
-        def run(leaves: list[jax.Array], batch: Any) -> tuple[list[jax.Array], jax.Array]:
+        def run(leaves: list[jax.Array], batch: Any) -> tuple[list[jax.Array], Any]:
             model, optimizer = nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves))
             loss, gradients = gradient(model, batch)
             optimizer.update(model, gradients)
             return jax.tree.leaves(nnx.state((model, optimizer))), loss
 
-        options = INVARIANT_OPTIONS if numerics == "invariant" else {}
+        options = {} if numerics == "plain" else INVARIANT_OPTIONS
         return jax.jit(run, donate_argnums=0, out_shardings=(list(shardings), None), compiler_options=options)
 
-    def step(model: Qwen3, optimizer: nnx.Optimizer, batch: Any) -> jax.Array:
+    def step(model: Qwen3, optimizer: nnx.Optimizer, batch: Any) -> Any:
         where = resolve_mesh(mesh)
         graphdef, state = nnx.split((model, optimizer))
         leaves, treedef = jax.tree.flatten(state)

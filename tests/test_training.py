@@ -129,6 +129,37 @@ def test_log_probabilities_are_those_of_score():
     assert_same_bits(found[0], np.stack([np.asarray(row) for row in scored]))
 
 
+def _keeping(model, rows):
+    logprobs = model.logprobs(rows["tokens"])
+    return (-logprobs, rows["weights"]), {"logprobs": logprobs, "first": rows["tokens"][:, 0]}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"microbatches": 4}, {"microbatches": 2, "sizes": {"data": 2, "fsdp": 2, "tp": 2}}],
+    ids=str,
+)
+def test_aux_has_every_row_in_its_place(whole, options):
+    model, rows, loss, gradients = whole
+    options = dict(options)
+    mesh = tbik_jax.make_mesh(**options.pop("sizes", {}))
+    (found, aux), found_gradients = value_and_grad(_keeping, mesh=mesh, has_aux=True, **options)(model, rows)
+    assert_same_bits(aux["first"], rows["tokens"][:, 0])
+    assert_same_bits(aux["logprobs"], np.stack(tbik_jax.score(model, list(rows["tokens"]))))
+    assert_same_bits((found, found_gradients), (loss, gradients))
+
+
+def test_aux_needs_an_entry_for_each_row(whole):
+    model, rows, *_ = whole
+
+    def summed(model, rows):
+        losses, aux = _keeping(model, rows)
+        return losses, {"mean": jnp.mean(aux["logprobs"])}
+
+    with pytest.raises(ValueError, match=re.escape("aux['mean'] of the loss function has shape ()")):
+        value_and_grad(summed, mesh=tbik_jax.make_mesh(), has_aux=True)(model, rows)
+
+
 def test_gradients_are_those_of_plain_jax_in_float32():
     model, rows = small_model(jnp.float32), batch(6)
     loss, gradients = _gradient(model, rows)
