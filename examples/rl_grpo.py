@@ -224,9 +224,9 @@ def main(
     seeds: Annotated[int, typer.Option(min=1, help="runs with the seeds 0, 1, ...")] = 1,
     prompts: Annotated[int, typer.Option(min=1, help="of a step")] = 16,
     group_size: Annotated[int, typer.Option(min=2, help="samples of a prompt")] = 8,
-    warmup: Annotated[int, typer.Option(min=0, help="supervised steps")] = 16,
-    steps: Annotated[int, typer.Option(min=1, help="of GRPO")] = 60,
-    learning_rate: Annotated[float, typer.Option(help="of AdamW in GRPO")] = 2e-3,
+    warmup: Annotated[int, typer.Option(min=0, help="supervised steps")] = 20,
+    steps: Annotated[int, typer.Option(min=1, help="of GRPO")] = 50,
+    learning_rate: Annotated[float, typer.Option(help="of AdamW in GRPO")] = 1e-3,
     log: Annotated[Path | None, typer.Option(help="file: one JSON object a step")] = None,
     plot: Annotated[Path | None, typer.Option(help="image: success rate and divergence against step")] = None,
 ) -> None:
