@@ -26,6 +26,7 @@ import typer
 from flax import nnx
 from jax.sharding import Mesh
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
 import tbik_jax
@@ -250,9 +251,9 @@ def main(
             log.write_text("")
         for seed in range(seeds):
             for name in numerics.split(","):
-                records += follow(Run(settings, name.strip(), seed), console, log)
+                records += follow(Run(settings, name.strip().replace("-", "_"), seed), console, log)
     except (ValueError, rl.DivergenceError) as error:
-        console.print(f"[red]error:[/red] {error}", soft_wrap=True, markup=True)
+        console.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
         sys.exit(2)
     if plot is not None:
         draw(records, plot)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -19,7 +20,7 @@ FILE = Path(__file__).parent.parent / "examples" / "rl_grpo.py"
 
 @pytest.fixture(scope="module")
 def example():
-    """The example as a module, with a reward that random parameters earn now and then."""
+    """The example as a module."""
     spec = importlib.util.spec_from_file_location("rl_grpo", FILE)
     module = importlib.util.module_from_spec(spec)
     sys.modules["rl_grpo"] = module  # dataclasses look their module up
@@ -29,7 +30,7 @@ def example():
 
 
 def _three_steps(example, numerics, rollout, trainer):
-    """Of 8 samples each: what was logged, and parameters as they are then."""
+    """Of 8 samples each, with a reward that random parameters earn now and then: the log, and the parameters then."""
     settings = example.Settings(
         rollout_mesh=tbik_jax.make_mesh(**rollout),
         train_mesh=tbik_jax.make_mesh(**trainer),
@@ -41,7 +42,9 @@ def _three_steps(example, numerics, rollout, trainer):
     )
     run = example.Run(settings, numerics, seed=0)
     before = jax.device_get(jax.tree.leaves(nnx.state(run.model)))
-    records = list(run.reinforce())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(example, "reward", lambda prompt, tokens: float(tokens[0] % 3 == 0))
+        records = list(run.reinforce())
     after = jax.device_get(jax.tree.leaves(nnx.state(run.model)))
     assert any((a != b).any() for a, b in zip(after, before, strict=True))  # it has learnt something
     return records, after
@@ -49,7 +52,6 @@ def _three_steps(example, numerics, rollout, trainer):
 
 @pytest.fixture(scope="module")
 def runs(example):
-    example.reward = lambda prompt, tokens: float(tokens[0] % 3 == 0)
     meshes = {
         "invariant": ("invariant", {"tp": 4}, {"fsdp": 2, "tp": 2}),
         "elsewhere": ("invariant", {}, {"data": 2}),
@@ -89,15 +91,32 @@ def test_the_curve_is_the_same_bits_on_another_pair_of_meshes(runs):
 
 def test_a_stale_rollout_ends_an_invariant_run(example, runs, monkeypatch):
     """Weights that are not handed over after the first step."""
-    first = []
+    real, first = rl.hand_over, []
 
     def once(model, mesh):
-        first.append(rl.hand_over(model, mesh))
+        first.append(real(model, mesh))
         return first[0]
 
-    monkeypatch.setattr(example.rl, "hand_over", once)
+    monkeypatch.setattr(rl, "hand_over", once)
     with pytest.raises(rl.DivergenceError, match=r"sequence \d+ at position \d+ .*: rollout -.*, trainer -"):
         _three_steps(example, "invariant", {"tp": 4}, {"fsdp": 2, "tp": 2})
+
+
+def test_the_loop_in_the_documentation_runs(example, runs, monkeypatch, capsys):
+    """`runs` has compiled its rollout."""
+    text = (FILE.parent.parent / "docs" / "rl.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert "max_new_tokens=512" in code and "group_size=8" in code
+    code = code.replace("max_new_tokens=512", "max_new_tokens=4").replace("group_size=8", "group_size=4")
+
+    def load(path, mesh):
+        return tbik_jax.shard_model(example.Qwen3(example.CONFIG, rngs=nnx.Rngs(0)), mesh)
+
+    monkeypatch.setattr(tbik_jax, "load", load)
+    prompts = [example.encode("3+4="), example.encode("9+9=")]
+    exec(code, {"steps": 2, "prompts": lambda index: prompts, "reward": lambda prompt, tokens: tokens[0] % 3})
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and all(line.endswith(" 0.0 1.0 1.0 0.0") for line in lines)
 
 
 def test_the_log_makes_a_plot(example, runs, tmp_path):
