@@ -95,7 +95,7 @@ def main(
     """Trains, and prints loss, fingerprints and the mesh."""
     console = Console()
     try:
-        run = Run(mesh, numerics, seed, learning_rate, microbatches)
+        run = Run(mesh, numerics, seed, learning_rate, microbatches, rows, width)
         if checkpoint is not None:
             run.restore(checkpoint, console)
         with Progress(
@@ -110,7 +110,7 @@ def main(
                 completed=len(run.losses),
                 loss="compiling",
             )
-            for step in run.steps(steps, rows, width, seed):
+            for step in run.steps(steps):
                 loss = float(run.losses[-1])
                 bar.update(task, advance=1, loss=f"loss {loss:.4f}")
                 if step % 10 == 0 or step == steps:
@@ -132,7 +132,16 @@ def main(
 class Run:
     """Model, optimiser and losses so far."""
 
-    def __init__(self, mesh: str, numerics: str, seed: int, learning_rate: float, microbatches: int):
+    def __init__(
+        self,
+        mesh: str,
+        numerics: str,
+        seed: int,
+        learning_rate: float,
+        microbatches: int,
+        rows: int,
+        width: int,
+    ):
         self.mesh = parse_mesh(mesh)
         self.model = tbik_jax.shard_model(Qwen3(CONFIG, rngs=nnx.Rngs(seed)), self.mesh)
         self.optimizer = optimizer(self.model, self.mesh, learning_rate)
@@ -140,19 +149,21 @@ class Run:
         self._step = tbik_jax.train_step(
             loss_fn, mesh=self.mesh, numerics=numerics, microbatches=microbatches
         )
-        self._data = text()
+        self._data, self._cut = text(), (seed, rows, width)
         self._options: dict[str, Any] = {
             "numerics": numerics,
             "seed": seed,
             "learning_rate": learning_rate,
+            "rows": rows,
+            "width": width,
             "text": tbik_jax.fingerprint([self._data]),
         }
 
-    def steps(self, last: int, rows: int, width: int, seed: int) -> Iterator[int]:
+    def steps(self, last: int) -> Iterator[int]:
         """Trains up to step `last`, and says after each which one it was."""
         for step in range(len(self.losses) + 1, last + 1):
             self.losses.append(
-                float(self._step(self.model, self.optimizer, batch(self._data, step, seed, rows, width)))
+                float(self._step(self.model, self.optimizer, batch(self._data, step, *self._cut)))
             )
             yield step
 
@@ -164,9 +175,9 @@ class Run:
             folder, model=self.model, optimizer=self.optimizer, mesh=self.mesh
         )
         for name, value in self._options.items():
-            if found.extra[name] != value:
+            if found.extra.get(name) != value:
                 raise ValueError(
-                    f"{folder} was trained with {name}={found.extra[name]}, not {value}; use another folder"
+                    f"{folder} was trained with {name}={found.extra.get(name)}, not {value}; use another folder"
                 )
         self.losses = list(found.extra["losses"])
         console.print(f"goes on from step {found.step} of {folder}")

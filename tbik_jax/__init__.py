@@ -4,7 +4,7 @@
 (`docs/numerics.md` states the contract). `tree_matmul`, `tree_psum` and `tree_psum_scatter` are its parts.
 """
 
-from . import models, optimizers, pallas_kernels, training
+from . import models, optimizers, pallas_kernels, rl, training
 from .checkpoint import RestoredCheckpoint, checkpoint_steps, restore_checkpoint, save_checkpoint
 from .collectives import tree_all_gather, tree_psum, tree_psum_scatter
 from .export import export_hugging_face
@@ -33,6 +33,7 @@ __all__ = [
     "optimizers",
     "pallas_kernels",
     "restore_checkpoint",
+    "rl",
     "save_checkpoint",
     "score",
     "shard_model",

@@ -15,7 +15,7 @@ from .run import OnTokens, Padded, Run, batch_ranks
 from .sampling import SamplingParams, sampling_arrays
 from .steps import Decoded, Engine
 
-NumericsName = Literal["invariant", "plain"]
+NumericsName = Literal["invariant", "plain", "batch_invariant"]
 TokenIds = Sequence[int] | np.ndarray
 
 _PASS_TOKENS = 8192  # of all rows of a device in one pass of prefill: enough to keep the tensor cores busy
@@ -62,7 +62,8 @@ def generate(
         max_new_tokens: at most so many tokens a prompt.
         sampling: for all prompts, or one a prompt; greedy by default.
         eos_id: end token or tokens, which stop their row; None for no stop.
-        numerics: "invariant", or "plain" for `jnp.dot`, `lax.psum` and ordinary softmax.
+        numerics: "invariant"; "plain" for `jnp.dot`, `lax.psum` and ordinary softmax; or "batch_invariant" for the
+            invariant ops with `lax.psum` over tp: the same bits in any batch, others for another tp.
         prefill_chunk: tokens of a prompt that one forward pass takes; memory grows with it, bits do not change. By
             default as many as make some thousand tokens a device, all prompts together.
         scan_layers: run the layers as a scan over one compiled layer: compiles in seconds, but holds a second copy of

@@ -1,8 +1,8 @@
 """What optax lacks for bits that no mesh changes: a global norm in one order, fp32 state for bfloat16 parameters.
 
-optax's elementwise optimisers (adamw, sgd, lion, rmsprop, ...) serve as they are. What adds up over a parameter does not,
-since XLA adds it up by shards: optax's global norm, and optimisers with norms or means of their own (adafactor, muon,
-lamb, lars).
+optax's elementwise optimisers (adamw, sgd, lion, rmsprop, ...) serve as they are. What adds up over a parameter does
+not, since XLA adds it up by shards: optax's global norm, and optimisers with sums of their own (adafactor, muon, lamb,
+lars).
 """
 
 import functools

@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from .layers import InvariantNumerics, Numerics, Parallel, PlainNumerics, VocabStatistics
 from .layers.base import FSDP, TP, chosen_logprobs
+from .layers.batch_invariant import BatchInvariantNumerics
 from .loading import parameter_path, parameter_shardings
 from .memory import check_parameters
 from .mesh import BATCH_AXES
@@ -30,7 +31,7 @@ from .pallas_kernels.tree_matmul.plan import LEAVES, plan_contraction
 from .program import Program
 from .sampling import SamplingArrays, sample
 
-NUMERICS = ("invariant", "plain")
+NUMERICS = ("invariant", "plain", "batch_invariant")
 
 #: How invariant programs are compiled. XLA may otherwise drop bfloat16 roundings inside fusions; and where a loop over
 #: layers slices a stack of caches, it may hand a kernel that writes its cache in place two places instead of one.
@@ -95,6 +96,8 @@ def make_numerics(name: str, mesh: Mesh) -> Numerics:
     """
     if name == "invariant":
         return InvariantNumerics(backend=device_backend(mesh.devices.flat[0]))
+    if name == "batch_invariant":
+        return BatchInvariantNumerics(backend=device_backend(mesh.devices.flat[0]))
     if name == "plain":
         return PlainNumerics(cudnn=mesh.devices.flat[0].platform == "gpu")
     raise ValueError(f"numerics={name!r} is unknown; use one of {', '.join(NUMERICS)}")
@@ -125,7 +128,7 @@ class Engine:
         Raises:
             ValueError: the model does not fit the mesh or its memory, or the numerics are unknown.
         """
-        if numerics == "invariant":
+        if numerics != "plain":
             check_plans(model.config, model.dtype)
         graphdef, state = nnx.split(model)
         shardings = parameter_shardings(state, mesh)

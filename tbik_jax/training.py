@@ -19,17 +19,19 @@ from jax.sharding import PartitionSpec as P
 
 from .collectives import tree_psum
 from .layers.base import Parallel
+from .layers.batch_invariant import BatchInvariantTraining
 from .layers.plain_training import PlainTraining, PlainTrainingParallel
 from .layers.training import InvariantTraining, TrainingParallel
 from .loading import parameter_path, parameter_shardings
-from .mesh import BATCH_AXES, resolve_mesh
-from .models.qwen3 import Qwen3
+from .mesh import BATCH_AXES, entered, mesh_label, resolve_mesh
+from .microbatches import tree_scan
+from .models.qwen3 import Qwen3, Qwen3Config
 from .models.qwen3.modules import Batch
 from .pallas_kernels.common.backend import device_backend
 from .pallas_kernels.common.rounding import div, mul
 from .pallas_kernels.common.tree import tree_join, tree_sum
 from .pallas_kernels.rope.api import rope_tables
-from .pallas_kernels.tree_matmul.plan import LEAVES
+from .pallas_kernels.tree_matmul.plan import LEAF_MULTIPLE, LEAVES
 from .steps import INVARIANT_OPTIONS, NUMERICS, check_plans, fsdp_dimensions
 
 #: For a `jax.jit` of one's own around `value_and_grad`.
@@ -49,6 +51,9 @@ class TrainingModel:
         parallel: numerics and mesh.
         scan_layers: whether the layers run as a scan.
         remat: whether a layer's values are computed again in the backward pass.
+        rows: of this rank in this pass.
+        tokens_multiple: what a call's number of tokens must be a multiple of.
+        calls: shapes of the tokens that `logprobs` was called with.
     """
 
     module: Qwen3
@@ -56,14 +61,35 @@ class TrainingModel:
     parallel: Parallel
     scan_layers: bool
     remat: bool
+    rows: int
+    tokens_multiple: int
+    calls: list[tuple[int, ...]]
 
     def logprobs(self, tokens: jax.Array) -> jax.Array:
         """Log-probabilities float32 [B, T - 1] of tokens [B, T] from the second on, given those before.
 
         The bits are `score`'s. Rows shorter than T are padded with any token: what stands behind a position changes
         nothing there, and padding's losses get weight 0.
+
+        Args:
+            tokens: integers [B, T], an array of the batch: this rank's rows, in their order.
+
+        Raises:
+            ValueError: another number of rows, as where two arrays of the batch were put behind one another, whose
+                order would follow the mesh; or too few tokens for leaves.
         """
+        if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer) or tokens.shape[0] != self.rows:
+            raise ValueError(
+                f"logprobs takes integer tokens [{self.rows}, T], this rank's rows of the batch in their order, not "
+                f"{tokens.dtype} {tokens.shape}; call it once for each of several arrays"
+            )
         b, t = tokens.shape
+        if b * t % self.tokens_multiple:
+            raise ValueError(
+                f"{b} rows of {t} tokens, which a rank has in a pass, do not cut into token leaves of a multiple of "
+                f"{LEAF_MULTIPLE}; their product must be a multiple of {self.tokens_multiple}"
+            )
+        self.calls.append(tokens.shape)
         config = self.module.config
         positions = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32), (b, t))
         cos, sin = rope_tables(t, config.head_dim, config.rope_theta)
@@ -82,7 +108,8 @@ class TrainingModel:
         return ops.token_logprobs(hidden, self.parallel.weight(*self.head), targets)[:, :-1]
 
 
-LossFunction = Callable[[TrainingModel, Any], Losses]
+#: With `has_aux`, the result is (losses, anything that is an array [B, ...] in all its leaves).
+LossFunction = Callable[[TrainingModel, Any], Any]
 
 
 def value_and_grad(
@@ -93,7 +120,8 @@ def value_and_grad(
     microbatches: int = 1,
     remat: bool = True,
     scan_layers: bool | None = None,
-) -> Callable[[Qwen3, Any], tuple[jax.Array, nnx.State]]:
+    has_aux: bool = False,
+) -> Callable[[Qwen3, Any], tuple[Any, nnx.State]]:
     """A function of (model, batch) that returns the mean loss and its gradients, the same bits on every mesh.
 
     `loss_fn(model, batch)` gets a `TrainingModel` and this rank's rows of the batch, and returns each token's loss and
@@ -104,16 +132,21 @@ def value_and_grad(
         loss_fn: the losses of some rows. It is traced; the same function object is compiled once.
         mesh: with any of the axes data, fsdp and tp, of powers of two, data * fsdp at most 8; None for the mesh that is
             ambient now, else one device.
-        numerics: "invariant", or "plain" for XLA's own reductions.
+        numerics: "invariant"; "plain" for XLA's own reductions; or "batch_invariant" for the invariant ones but for
+            sums over tp, which are `lax.psum`'s.
         microbatches: passes that the batch is cut into, to save memory: runs of consecutive rows. The gradients of all
             are added up before the result, as the upper part of the tree, so no bit changes.
         remat: compute each layer's values again in the backward pass instead of keeping them. No bit changes.
         scan_layers: run the layers as a scan over one compiled layer; None does so on the CPU.
+        has_aux: `loss_fn` returns ((losses, weights), aux), aux a pytree of arrays with a leading entry for each of its
+            rows, such as the log-probabilities that the loss was made of. They come back for the whole batch in the
+            order of its rows, cut over data and fsdp.
 
     Returns:
         A function of a Flax NNX model and a batch (a pytree of arrays with B leading rows). It gives the loss,
-        float32 [], and an `nnx.State` like `nnx.state(model, nnx.Param)`, float32, sharded like the parameters. It can
-        be called under a `jax.jit` of one's own, with `compiler_options=tbik_jax.training.COMPILER_OPTIONS`.
+        float32 [] (with `has_aux` the pair of it and aux), and an `nnx.State` like `nnx.state(model, nnx.Param)`,
+        float32, sharded like the parameters. It can be called under a `jax.jit` of one's own, with
+        `compiler_options=tbik_jax.training.COMPILER_OPTIONS`.
 
     Raises:
         ValueError: (from the result) ranks, micro-batches or token numbers that cut no complete subtrees; see the
@@ -128,7 +161,7 @@ def value_and_grad(
 
     where = resolve_mesh(mesh)
 
-    def run(model: Qwen3, batch: Any) -> tuple[jax.Array, nnx.State]:
+    def run(model: Qwen3, batch: Any) -> tuple[Any, nnx.State]:
         graphdef, state = nnx.split(model, nnx.Param)
         shardings = parameter_shardings(state, where)
         plan = _Plan(
@@ -146,17 +179,20 @@ def value_and_grad(
             remat=remat,
             scan_layers=where.devices.flat[0].platform == "cpu" if scan_layers is None else scan_layers,
             dtype=jnp.dtype(model.dtype).name,
+            has_aux=has_aux,
         )
-        if numerics == "invariant":
+        if numerics != "plain":
             check_plans(model.config, model.dtype)
+            _check_gradient_plans(model.config)
         _check_batch(batch, plan)
         values = jax.tree.leaves(state)
-        if any(isinstance(x, jax.core.Tracer) for x in (*values, *jax.tree.leaves(batch))):
-            loss, gradients = _mapped(plan)(values, batch)
-        else:
-            values = jax.device_put(values, jax.tree.leaves(shardings))
-            loss, gradients = _jitted(plan)(values, batch)
-        return loss, jax.tree.unflatten(plan.treedef, gradients)
+        with entered(where, (values, batch)):
+            if any(isinstance(x, jax.core.Tracer) for x in (*values, *jax.tree.leaves(batch))):
+                loss, aux, gradients = _mapped(plan)(values, batch)
+            else:
+                values = jax.device_put(values, jax.tree.leaves(shardings))
+                loss, aux, gradients = _jitted(plan)(values, _placed(batch, where))
+        return (loss, aux) if has_aux else loss, jax.tree.unflatten(plan.treedef, gradients)
 
     return run
 
@@ -177,6 +213,7 @@ class _Plan:
     remat: bool
     scan_layers: bool
     dtype: str
+    has_aux: bool
 
     @property
     def ranks(self) -> int:
@@ -200,17 +237,42 @@ class _Plan:
         if self.numerics == "plain":
             plain = PlainTraining(cudnn=device.platform == "gpu", dtype=self.dtype)
             return PlainTrainingParallel(numerics=plain, **common)
-        invariant = InvariantTraining(
-            backend=device_backend(device), token_leaves=self.token_leaves, dtype=self.dtype
+        kind = InvariantTraining if self.numerics == "invariant" else BatchInvariantTraining
+        ops = kind(backend=device_backend(device), token_leaves=self.token_leaves, dtype=self.dtype)
+        return TrainingParallel(numerics=ops, **common)
+
+
+def _placed(batch: Any, mesh: Mesh) -> Any:
+    """The batch's rows on the ranks that take them, wherever they lay."""
+    return jax.device_put(batch, jax.NamedSharding(mesh, P(BATCH_AXES)))
+
+
+def _check_gradient_plans(config: Qwen3Config) -> None:
+    """Raises `ValueError` if a contraction of the backward pass does not cut into leaves: N of the column-parallel."""
+    kv_heads, group = config.num_key_value_heads, config.queries_per_kv
+    multiple = LEAVES * LEAF_MULTIPLE
+    for what, size in (
+        ("vocab_size", config.vocab_size),
+        ("num_key_value_heads * (queries_per_kv + 2) * head_dim", kv_heads * (group + 2) * config.head_dim),
+        ("2 * intermediate_size", 2 * config.intermediate_size),
+    ):
+        if size % multiple:
+            raise ValueError(
+                f"config: gradients contract over {what}={size}, which is no multiple of {multiple} and does not cut "
+                f"into {LEAVES} leaves; resize it to {-(-size // multiple) * multiple}"
+            )
+    if kv_heads & (kv_heads - 1):
+        raise ValueError(
+            f"config field num_key_value_heads={kv_heads}: gradients of their norm's scale need a power of two"
         )
-        return TrainingParallel(numerics=invariant, **common)
 
 
 def _check_batch(batch: Any, plan: _Plan) -> None:
     rows = {x.shape[0] if getattr(x, "ndim", 0) else None for x in jax.tree.leaves(batch)}
     if len(rows) != 1 or None in rows:
         raise ValueError(
-            f"every array of a batch needs the same number of leading rows, not {sorted(map(str, rows))}"
+            "every leaf of a batch must be an array with the same number of leading rows; these have "
+            f"{', '.join(sorted('no rows' if n is None else str(n) for n in rows))}"
         )
     (count,) = rows
     parts = plan.ranks * plan.microbatches
@@ -229,36 +291,37 @@ def _check_batch(batch: Any, plan: _Plan) -> None:
 
 @functools.lru_cache(maxsize=64)
 def _jitted(plan: _Plan) -> Any:
-    options = INVARIANT_OPTIONS if plan.numerics == "invariant" else {}
+    options = {} if plan.numerics == "plain" else INVARIANT_OPTIONS
     return jax.jit(_mapped(plan), compiler_options=options)
 
 
-def _mapped(plan: _Plan) -> Callable[[list[jax.Array], Any], tuple[jax.Array, list[jax.Array]]]:
+def _mapped(plan: _Plan) -> Callable[[list[jax.Array], Any], tuple[jax.Array, Any, list[jax.Array]]]:
     """The gradient as one `shard_map` over whole arrays."""
 
-    def call(values: list[jax.Array], batch: Any) -> tuple[jax.Array, list[jax.Array]]:
+    def call(values: list[jax.Array], batch: Any) -> tuple[jax.Array, Any, list[jax.Array]]:
         # Rows of a pass lie together in the batch, so that the passes are the upper levels of the tree.
         cut = jax.tree.map(lambda x: x.reshape(plan.microbatches, -1, *x.shape[1:]), batch)
         mapped = jax.shard_map(
             functools.partial(_body, plan),
             mesh=plan.mesh,
             in_specs=(list(plan.specs), P(None, BATCH_AXES)),
-            out_specs=(P(), list(plan.specs)),
+            out_specs=(P(), P(None, BATCH_AXES), list(plan.specs)),
             check_vma=False,  # as in steps.py: the butterfly ends replicated, which cannot be inferred
         )
-        return mapped(values, cut)
+        loss, aux, gradients = mapped(values, cut)
+        return loss, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), aux), gradients
 
     return call
 
 
-def _body(plan: _Plan, values: list[jax.Array], batches: Any) -> tuple[jax.Array, list[jax.Array]]:
-    """Loss and gradients of all passes, from this rank's parameters and rows [microbatches, B, ...]."""
+def _body(plan: _Plan, values: list[jax.Array], batches: Any) -> tuple[jax.Array, Any, list[jax.Array]]:
+    """Loss, aux [microbatches, B, ...] and gradients, from this rank's parameters and rows [microbatches, B, ...]."""
     wide = [value.astype(jnp.float32) for value in values]
 
-    def one(batch: Any) -> Any:
-        """(sum of losses, sum of weights, gradients, that of the head) of one pass, joined over all ranks."""
+    def one(batch: Any) -> tuple[Any, Any]:
+        """(sum of losses, sum of weights, gradients, that of the head) of one pass, joined over all ranks; aux."""
 
-        def losses(parameters: list[jax.Array], head: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def losses(parameters: list[jax.Array], head: jax.Array) -> tuple[jax.Array, tuple[jax.Array, Any]]:
             module = nnx.merge(plan.graphdef, jax.tree.unflatten(plan.treedef, parameters))
             model = TrainingModel(
                 module=module,
@@ -266,34 +329,68 @@ def _body(plan: _Plan, values: list[jax.Array], batches: Any) -> tuple[jax.Array
                 parallel=plan.parallel(),
                 scan_layers=plan.scan_layers,
                 remat=plan.remat,
+                rows=jax.tree.leaves(batch)[0].shape[0],
+                tokens_multiple=1 if plan.numerics == "plain" else plan.token_leaves * LEAF_MULTIPLE,
+                calls=[],
             )
-            loss, weights = plan.loss_fn(model, batch)
-            return _checked(loss, weights)
+            result = plan.loss_fn(model, batch)
+            _check_result(result, plan.has_aux)
+            (loss, weights), aux = result if plan.has_aux else (result, None)
+            if len(model.calls) > 1 and plan.microbatches > 1:
+                raise ValueError(
+                    f"the loss function calls logprobs {len(model.calls)} times, and with microbatches="
+                    f"{plan.microbatches} their gradients would be added pass by pass, in another order than without; "
+                    "use microbatches=1, or a call"
+                )
+            _check_losses(loss, weights)
+            _check_aux(aux, jax.tree.leaves(batch)[0].shape[0])
+            return loss, (weights, aux)
 
-        loss, pullback, weights = jax.vjp(losses, wide, wide[plan.head], has_aux=True)
+        loss, pullback, (weights, aux) = jax.vjp(losses, wide, wide[plan.head], has_aux=True)
         weights = lax.stop_gradient(weights).astype(jnp.float32)
-        return _token_sum(plan, mul(loss, weights)), _token_sum(plan, weights), *pullback(weights)
+        sums = _token_sum(plan, mul(loss, weights)), _token_sum(plan, weights)
+        return (*sums, *pullback(weights)), aux
 
     if plan.microbatches == 1:
-        total, weight, gradients, head = one(jax.tree.map(lambda x: x[0], batches))
+        sums, aux = one(jax.tree.map(lambda x: x[0], batches))
+        aux = jax.tree.map(lambda x: x[None], aux)
     else:
-        total, weight, gradients, head = _tree_scan(one, batches, plan.microbatches)
+        sums, aux = tree_scan(one, batches, plan.microbatches)
+    total, weight, gradients, head = sums
     # The weights before the logits have a gradient of their own. Where they are the embedding's too, both are added
     # here, whole, and not pass by pass: each is a tree.
     gradients[plan.head] = gradients[plan.head] + head
     # Without weights there is no mean; the gradients are zeros then, and the loss too.
-    weight = jnp.where(weight > 0, weight, jnp.float32(jnp.inf))
-    return total / weight, [div(each, weight) for each in gradients]
+    weight = jnp.where(weight != 0, weight, jnp.float32(jnp.inf))
+    return total / weight, aux, [div(each, weight) for each in gradients]
 
 
-def _checked(loss: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _check_result(result: Any, has_aux: bool) -> None:
+    pair = result[0] if has_aux and isinstance(result, tuple) and len(result) == 2 else result
+    if not (isinstance(pair, tuple) and len(pair) == 2 and all(isinstance(x, jax.Array) for x in pair)):
+        wanted = "((losses, weights), aux)" if has_aux else "(losses, weights)"
+        raise ValueError(
+            f"the loss function must return {wanted}, two arrays [B, T], not {type(result).__name__}"
+        )
+
+
+def _check_losses(loss: jax.Array, weights: jax.Array) -> None:
     if loss.ndim != 2 or loss.shape != weights.shape or loss.dtype != jnp.float32:
         raise ValueError(
             "the loss function returned losses "
             f"{loss.dtype} {loss.shape} and weights {weights.dtype} {weights.shape}; it must return float32 losses "
             "[B, T] and weights of the same shape"
         )
-    return loss, weights
+
+
+def _check_aux(aux: Any, rows: int) -> None:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(aux):
+        shape = getattr(leaf, "shape", ())
+        if not shape or shape[0] != rows:
+            raise ValueError(
+                f"aux{jax.tree_util.keystr(path)} of the loss function has shape {tuple(shape)}; it must have a "
+                f"leading entry for each of the {rows} rows, as ranks and passes are put together by rows"
+            )
 
 
 def _token_sum(plan: _Plan, x: jax.Array) -> jax.Array:
@@ -305,35 +402,6 @@ def _token_sum(plan: _Plan, x: jax.Array) -> jax.Array:
     return tree_psum(tree_join(list(tree_sum(tree_sum(x).reshape(runs, -1)))), BATCH_AXES)
 
 
-def _tree_scan(one: Callable[[Any], Any], batches: Any, count: int) -> Any:
-    """Adds up one(batch) over the leading dimension as a balanced tree, with one pass in memory at a time.
-
-    A binary counter: a sum of 2**n passes waits at level n for the next one like it.
-    """
-    levels = count.bit_length() - 1
-    shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], batches))
-    zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-
-    def step(waiting: list[Any], item: tuple[jax.Array, Any]) -> tuple[list[Any], None]:
-        index, batch = item
-        value, climbing, kept = one(batch), jnp.bool_(True), list(waiting)
-        for level in range(levels + 1):
-            here = climbing & ((index >> level) & 1 == 0)
-            if level == levels:
-                here = climbing
-            kept[level] = _choose(here, value, waiting[level])
-            joined = jax.tree.map(jnp.add, waiting[level], value)
-            value, climbing = _choose(climbing & ~here, joined, value), climbing & ~here
-        return kept, None
-
-    waiting, _ = lax.scan(step, [zero] * (levels + 1), (jnp.arange(count), batches))
-    return waiting[levels]
-
-
-def _choose(condition: jax.Array, yes: Any, no: Any) -> Any:
-    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
-
-
 def train_step(
     loss_fn: LossFunction,
     *,
@@ -342,14 +410,17 @@ def train_step(
     microbatches: int = 1,
     remat: bool = True,
     scan_layers: bool | None = None,
-) -> Callable[[Qwen3, nnx.Optimizer, Any], jax.Array]:
+    has_aux: bool = False,
+) -> Callable[[Qwen3, nnx.Optimizer, Any], Any]:
     """A compiled step of (model, optimizer, batch): gradients and update in one program, in place.
 
     The arguments are `value_and_grad`'s. The model lies on the mesh (`shard_model`) and the optimiser was made from it
-    there. Parameters and optimiser state keep their shardings; their old buffers are reused.
+    there. Parameters and optimiser state keep their shardings. Their old buffers are reused: other references to them,
+    as in `nnx.clone(model)` or the model before `shard_model`, are deleted with the first step; copy what shall stay.
 
     Returns:
-        A function that updates the model and the optimiser and returns the loss before the update, float32 [].
+        A function that updates the model and the optimiser and returns the loss before the update, float32 [], or
+        (loss, aux) with `has_aux`.
     """
     where = resolve_mesh(mesh)
     gradient = value_and_grad(
@@ -359,20 +430,22 @@ def train_step(
         microbatches=microbatches,
         remat=remat,
         scan_layers=scan_layers,
+        has_aux=has_aux,
     )
 
     @functools.lru_cache(maxsize=8)
     def compiled(graphdef: Any, treedef: Any, shardings: tuple[Any, ...]) -> Any:
-        def run(leaves: list[jax.Array], batch: Any) -> tuple[list[jax.Array], jax.Array]:
+        def run(leaves: list[jax.Array], batch: Any) -> tuple[list[jax.Array], Any]:
             model, optimizer = nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves))
             loss, gradients = gradient(model, batch)
             optimizer.update(model, gradients)
             return jax.tree.leaves(nnx.state((model, optimizer))), loss
 
-        options = INVARIANT_OPTIONS if numerics == "invariant" else {}
+        options = {} if numerics == "plain" else INVARIANT_OPTIONS
         return jax.jit(run, donate_argnums=0, out_shardings=(list(shardings), None), compiler_options=options)
 
-    def step(model: Qwen3, optimizer: nnx.Optimizer, batch: Any) -> jax.Array:
+    def step(model: Qwen3, optimizer: nnx.Optimizer, batch: Any) -> Any:
+        _check_placed(model, where)
         graphdef, state = nnx.split((model, optimizer))
         leaves, treedef = jax.tree.flatten(state)
         everywhere = jax.NamedSharding(where, P())
@@ -380,11 +453,23 @@ def train_step(
             x.sharding if x.sharding.device_set == everywhere.device_set else everywhere for x in leaves
         )
         leaves = jax.device_put(leaves, list(shardings))
-        leaves, loss = compiled(graphdef, treedef, shardings)(leaves, batch)
+        with entered(where, leaves):
+            leaves, loss = compiled(graphdef, treedef, shardings)(leaves, _placed(batch, where))
         nnx.update((model, optimizer), jax.tree.unflatten(treedef, leaves))
         return loss
 
     return step
+
+
+def _check_placed(model: Qwen3, mesh: Mesh) -> None:
+    state = nnx.state(model, nnx.Param)
+    wanted = jax.tree.leaves(parameter_shardings(state, mesh))
+    for (path, value), sharding in zip(jax.tree_util.tree_leaves_with_path(state), wanted, strict=True):
+        if not value.sharding.is_equivalent_to(sharding, value.ndim):
+            raise ValueError(
+                f"parameter {parameter_path(path)[-1]} does not lie on the mesh {mesh_label(mesh)} as training cuts "
+                "it; take model = tbik_jax.shard_model(model, mesh), and make the optimiser from that"
+            )
 
 
 def shard_model(model: Qwen3, mesh: Mesh | None = None) -> Qwen3:

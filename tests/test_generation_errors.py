@@ -35,7 +35,10 @@ BAD_CALLS = {
     "callback": ({"on_tokens": "print"}, "on_tokens='print' must be callable"),
     "sampling count": ({"sampling": [SamplingParams()] * 2}, "one for each of the 1 prompts"),
     "eos": ({"eos_id": 128}, "eos_id=128 is no token id"),
-    "numerics": ({"numerics": "exact"}, "numerics='exact' is unknown; use one of invariant, plain"),
+    "numerics": (
+        {"numerics": "exact"},
+        "numerics='exact' is unknown; use one of invariant, plain, batch_invariant",
+    ),
     "mesh type": ({"mesh": "tp=2"}, "must be a jax.sharding.Mesh, not str"),
 }
 

@@ -12,8 +12,6 @@ from tbik_jax.sampling import sampling_arrays
 from tbik_jax.steps import DecodeState, Engine
 from tests.models_small import CONFIG, prompts, small_model
 
-FLOAT = r"(?:f16|bf16|f32|f64)\["
-
 
 def _programs(numerics: str, **sizes: int) -> dict[str, str]:
     """Optimised HLO of each step."""
@@ -36,31 +34,6 @@ def _programs(numerics: str, **sizes: int) -> dict[str, str]:
     return {name: each.compile().as_text() for name, each in lowered.items()}
 
 
-def _ordered_by_xla(hlo: str) -> list[str]:
-    """Lines of a program whose order of adds XLA chose: float dots, float sums and products, float all-reduces."""
-    adds = set()
-    for name, body in re.findall(r"^%?([\w.\-]+)[^\n]*\{\n(.*?)^\}", hlo, re.M | re.S):
-        if re.search(rf"= {FLOAT}\]\S* (?:add|multiply)\(", body):
-            adds.add(name)
-    found = []
-    for line in hlo.splitlines():
-        result = line.partition(" = ")[2]
-        kind = re.search(
-            r" (dot|convolution|reduce-scatter|all-reduce|reduce|reduce-window)(?:-start)?\(", result
-        )
-        if kind and re.search(FLOAT, result[: kind.start()]):
-            region = re.search(r"to_apply=%?([\w.\-]+)", line)
-            if (
-                not kind[1].startswith("reduce")
-                or kind[1] == "reduce-scatter"
-                or (region and region[1] in adds)
-            ):
-                found.append(line)
-        if "custom_call_target" in line and re.search(r"matmul|gemm|dot|onednn|cublas", line):
-            found.append(line)
-    return found
-
-
 def test_the_check_knows_every_form():
     lines = (
         "%a = f32[2]{0} all-reduce(%x), to_apply=%sum",
@@ -69,13 +42,13 @@ def test_the_check_knows_every_form():
         "%a = f32[2,2]{1,0} dot(%x, %y)",
     )
     for line in lines:
-        assert _ordered_by_xla(line) == [line]
+        assert ordered_by_xla(line) == [line]
     region = (
         "%sum (a: f32[], b: f32[]) -> bf16[] {\n  %c = f32[] add(%a, %b)\n  ROOT %d = bf16[] convert(%c)\n}\n"
     )
-    assert len(_ordered_by_xla(region + "%r = bf16[] reduce(%x, %z), to_apply=%sum")) == 1
+    assert len(ordered_by_xla(region + "%r = bf16[] reduce(%x, %z), to_apply=%sum")) == 1
     for line in ("%a = u32[2]{0} all-reduce(%x), to_apply=%or", "%m = f32[] reduce(%x, %z), to_apply=%max"):
-        assert _ordered_by_xla(line) == []
+        assert ordered_by_xla(line) == []
 
 
 @pytest.mark.parametrize("sizes", [{"tp": 4}, {"data": 2, "fsdp": 2, "tp": 2}], ids=str)
@@ -85,13 +58,13 @@ def test_no_reduction_is_left_to_xla(sizes, monkeypatch):
     steps._steps.cache_clear()
     for name, hlo in _programs("invariant", **sizes).items():
         assert "collective-permute" in hlo, name
-        assert _ordered_by_xla(hlo) == [], name
+        assert ordered_by_xla(hlo) == [], name
     steps._steps.cache_clear()
 
 
 def test_the_check_finds_them_in_plain_numerics():
     for name, hlo in _programs("plain", tp=4).items():
-        lines = "\n".join(_ordered_by_xla(hlo))
+        lines = "\n".join(ordered_by_xla(hlo))
         assert "all-reduce" in lines, name
         assert re.search(r"dot\(|matmul|reduce\(", lines), name
         assert "collective-permute" not in hlo, name

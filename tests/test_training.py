@@ -6,6 +6,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
@@ -13,6 +14,7 @@ import tbik_jax
 from tbik_jax.models import Qwen3
 from tbik_jax.training import shard_model, value_and_grad
 from tests.helpers import assert_same_bits, differing
+from tests.hlo import ordered_by_xla
 from tests.models_small import CONFIG, small_model
 from tests.training_small import Training, batch, next_token_loss, twenty_steps
 
@@ -89,7 +91,7 @@ def whole():
 
 
 def _tied():
-    config = dataclasses.replace(CONFIG, tie_word_embeddings=True, num_hidden_layers=1)
+    config = dataclasses.replace(CONFIG, tie_word_embeddings=True)
     return Qwen3(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(5))
 
 
@@ -100,7 +102,7 @@ def _tied():
         {"microbatches": 8},
         {"microbatches": 2, "sizes": {"fsdp": 2, "tp": 2}},
         {"remat": False},
-        {"scan_layers": False},
+        {"scan_layers": False, "sizes": {"data": 2, "tp": 2}},
     ],
     ids=str,
 )
@@ -156,6 +158,37 @@ def test_log_probabilities_are_those_of_score():
     jax.effects_barrier()
     scored = tbik_jax.score(model, [row.tolist() for row in rows["tokens"]], mesh=tbik_jax.make_mesh(tp=2))
     assert_same_bits(found[0], np.stack([np.asarray(row) for row in scored]))
+
+
+def _keeping(model, rows):
+    logprobs = model.logprobs(rows["tokens"])
+    return (-logprobs, rows["weights"]), {"logprobs": logprobs, "first": rows["tokens"][:, 0]}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"microbatches": 4}, {"microbatches": 2, "sizes": {"data": 2, "fsdp": 2, "tp": 2}}],
+    ids=str,
+)
+def test_aux_has_every_row_in_its_place(whole, options):
+    model, rows, loss, gradients = whole
+    options = dict(options)
+    mesh = tbik_jax.make_mesh(**options.pop("sizes", {}))
+    (found, aux), found_gradients = value_and_grad(_keeping, mesh=mesh, has_aux=True, **options)(model, rows)
+    assert_same_bits(aux["first"], rows["tokens"][:, 0])
+    assert_same_bits(aux["logprobs"], np.stack(tbik_jax.score(model, list(rows["tokens"]))))
+    assert_same_bits((found, found_gradients), (loss, gradients))
+
+
+def test_aux_needs_an_entry_for_each_row(whole):
+    model, rows, *_ = whole
+
+    def summed(model, rows):
+        losses, aux = _keeping(model, rows)
+        return losses, {"mean": jnp.mean(aux["logprobs"])}
+
+    with pytest.raises(ValueError, match=re.escape("aux['mean'] of the loss function has shape ()")):
+        value_and_grad(summed, mesh=tbik_jax.make_mesh(), has_aux=True)(model, rows)
 
 
 def test_gradients_are_those_of_plain_jax_in_float32():
@@ -215,20 +248,15 @@ def _hlo(numerics, **sizes):
     return jax.jit(run, compiler_options=options).lower(state, rows).compile().as_text()
 
 
-def _float_sums(hlo):
-    """The kinds of float sums whose order XLA chose."""
-    kinds = "dot|all-reduce|reduce-scatter"
-    return {kind for kind in re.findall(rf"= \(?(?:f32|bf16|f16)\[.* ({kinds})(?:-start)?\(", hlo)}
-
-
 def test_no_sum_of_the_compiled_gradient_is_left_to_xla():
     hlo = _hlo("invariant", data=2, fsdp=2, tp=2)
     assert "collective-permute" in hlo and "all-gather" in hlo
-    assert _float_sums(hlo) == set()
+    assert ordered_by_xla(hlo) == []
 
 
 def test_the_plain_gradient_has_such_sums():
-    assert _float_sums(_hlo("plain", data=2, fsdp=2, tp=2)) == {"dot", "all-reduce", "reduce-scatter"}
+    lines = "\n".join(ordered_by_xla(_hlo("plain", data=2, fsdp=2, tp=2)))
+    assert all(f" {kind}" in lines for kind in ("dot(", "all-reduce", "reduce-scatter", "reduce("))
 
 
 @pytest.mark.parametrize(
@@ -237,7 +265,7 @@ def test_the_plain_gradient_has_such_sums():
         ({"data": 3}, 6, {}, "data=3 x fsdp=1 ranks and 1 micro-batches cut the batch into 3 parts"),
         ({"data": 4}, 8, {"microbatches": 4}, "into 16 parts"),
         ({"data": 4}, 6, {}, "6 rows cannot be cut into 4 equal parts"),
-        ({}, 3, {}, "k=48 cannot be cut into 8 leaves"),
+        ({}, 3, {}, "3 rows of 16 tokens, which a rank has in a pass, do not cut into token leaves"),
         ({}, 8, {"microbatches": 3}, "microbatches=3 must be 1, 2, 4 or 8"),
         ({}, 8, {"numerics": "exact"}, "numerics='exact' is unknown"),
     ],
@@ -247,9 +275,55 @@ def test_what_cuts_no_complete_subtrees_is_refused(sizes, rows, options, message
         _gradient(small_model(), batch(0, rows), sizes=sizes, **options)
 
 
+def test_rows_in_an_order_of_ones_own_are_refused():
+    """As one would put chosen and rejected answers behind one another: their order would follow the mesh."""
+
+    def loss_fn(model, rows):
+        both = jnp.concatenate([rows["tokens"], rows["tokens"]])
+        return -model.logprobs(both)[:8], rows["weights"]
+
+    with pytest.raises(ValueError, match=r"takes integer tokens \[8, T\].*not int32 \(16, 16\)"):
+        _gradient(small_model(), batch(0), loss_fn)
+
+
+def test_two_calls_do_not_go_with_passes():
+    def loss_fn(model, rows):
+        return model.logprobs(rows["tokens"]) - model.logprobs(rows["tokens"][:, ::-1]), rows["weights"]
+
+    with pytest.raises(ValueError, match="calls logprobs 2 times"):
+        _gradient(small_model(), batch(0, 16), loss_fn, microbatches=2)
+
+
+def test_the_ambient_mesh_may_lack_axes():
+    model, rows = small_model(), batch(3)
+    with jax.set_mesh(jax.make_mesh((2, 2), ("fsdp", "tp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)):
+        loss, gradients = value_and_grad(next_token_loss)(model, rows)
+    expected = _gradient(model, rows, sizes={"fsdp": 2, "tp": 2})
+    assert_same_bits((np.asarray(loss), [np.asarray(x) for x in jax.tree.leaves(gradients)]), expected)
+
+
+def test_a_model_that_lies_elsewhere_is_refused():
+    mesh = tbik_jax.make_mesh(tp=2)
+    model = small_model()
+    optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
+    with pytest.raises(ValueError, match=r"does not lie on the mesh tp=2.*shard_model"):
+        tbik_jax.train_step(next_token_loss, mesh=mesh)(model, optimizer, batch(0))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"vocab_size": 200}, "vocab_size=200"), ({"num_key_value_heads": 6, "num_attention_heads": 12}, "=6")],
+    ids=str,
+)
+def test_a_model_whose_gradients_do_not_cut_is_refused(change, message):
+    model = Qwen3(dataclasses.replace(CONFIG, **change), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=message):
+        _gradient(model, batch(0))
+
+
 def test_arrays_of_a_batch_need_the_same_rows():
     rows = batch(0)
-    with pytest.raises(ValueError, match="same number of leading rows"):
+    with pytest.raises(ValueError, match="the same number of leading rows; these have 4, 8"):
         _gradient(small_model(), dict(rows, weights=rows["weights"][:4]))
 
 
@@ -259,3 +333,5 @@ def test_a_loss_function_must_return_losses_and_weights():
 
     with pytest.raises(ValueError, match=r"the loss function returned losses float32 \(\)"):
         _gradient(small_model(), batch(0), scalar)
+    with pytest.raises(ValueError, match=r"must return \(losses, weights\), two arrays \[B, T\]"):
+        _gradient(small_model(), batch(0), lambda model, rows: model.logprobs(rows["tokens"]))

@@ -1,4 +1,4 @@
-"""What models are built from: the numerics (invariant or plain) and the context of a `shard_map` body."""
+"""What models are built from: the numerics (invariant, plain) and the context of a `shard_map` body."""
 
 from .base import Numerics, Parallel, VocabStatistics
 from .invariant import InvariantNumerics

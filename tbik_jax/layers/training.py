@@ -235,9 +235,7 @@ def _norm_bwd(ops: InvariantTraining, eps: float, saved: Any, cts: Any) -> tuple
     return dx, ops.join_scale(dscale)
 
 
-_keep_rms_norm.defvjp(
-    lambda ops, x, scale, eps: (_keep_rms_norm(ops, x, scale, eps), (x, scale)), _norm_bwd
-)
+_keep_rms_norm.defvjp(lambda ops, x, scale, eps: (_keep_rms_norm(ops, x, scale, eps), (x, scale)), _norm_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 4))
