@@ -136,5 +136,6 @@ def test_a_gradient_that_is_no_number_spoils_all_as_in_optax():
     tree = _gradients()
     first, *rest = jax.tree.leaves(tree)
     broken = jax.tree.unflatten(jax.tree.structure(tree), [first.at[0].set(jnp.nan), *rest])
-    found = jax.jit(lambda t: clip_by_global_norm(0.5).update(t, optax.EmptyState())[0])(broken)
+    clip = clip_by_global_norm(0.5)
+    found = jax.jit(lambda t: clip.update(t, optax.EmptyState())[0])(broken)
     assert all(np.isnan(x).all() for x in jax.tree.leaves(found))

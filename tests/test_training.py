@@ -312,7 +312,10 @@ def test_a_model_that_lies_elsewhere_is_refused():
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"vocab_size": 200}, "vocab_size=200"), ({"num_key_value_heads": 6, "num_attention_heads": 12}, "=6")],
+    [
+        ({"vocab_size": 200}, "vocab_size=200"),
+        ({"num_key_value_heads": 6, "num_attention_heads": 12, "head_dim": 32}, "num_key_value_heads=6"),
+    ],
     ids=str,
 )
 def test_a_model_whose_gradients_do_not_cut_is_refused(change, message):
