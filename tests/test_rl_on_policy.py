@@ -119,6 +119,30 @@ def test_the_loop_in_the_documentation_runs(example, runs, monkeypatch, capsys):
     assert len(lines) == 2 and all(line.endswith(" 0.0 1.0 1.0 0.0") for line in lines)
 
 
+def test_the_table_in_the_documentation_is_what_its_log_says():
+    root = FILE.parent.parent
+    text = (root / "docs" / "rl.md").read_text()
+    log = [
+        json.loads(line) for line in (root / "benchmarks/results/rl_grpo_cpu.jsonl").read_text().splitlines()
+    ]
+    for name in ("invariant", "batch_invariant", "plain"):
+        rows = [row for row in log if row["numerics"] == name]
+        assert len(rows) == 3 * 50
+        different, tokens = (sum(row[key] for row in rows) for key in ("different", "tokens"))
+        ratios = min(row["min_ratio"] for row in rows), max(row["max_ratio"] for row in rows)
+        apart, kl = max(row["max_abs"] for row in rows), np.mean([row["kl"] for row in rows])
+        early, late = (
+            np.mean([row["reward"] for row in rows if first <= row["step"] <= last])
+            for first, last in ((1, 5), (41, 50))
+        )
+        if name == "invariant":
+            assert (different, apart, kl, *ratios) == (0, 0, 0, 1, 1)
+            middle = f"**0** of {tokens} | **0** | **1** | **0**"
+        else:
+            middle = f"{different} of {tokens} | {apart:.3f} | {ratios[0]:.2f} .. {ratios[1]:.2f} | {kl:.1e}"
+        assert f"| {name} | {middle} | {early:.2f} | {late:.2f} |" in text
+
+
 def test_the_log_makes_a_plot(example, runs, tmp_path):
     records = [json.loads(json.dumps(record)) for name in ("invariant", "plain") for record in runs[name][0]]
     example.draw(records, tmp_path / "plot.png")

@@ -11,6 +11,8 @@ import pytest
 from flax import nnx
 
 import tbik_jax
+from tbik_jax.layers import InvariantNumerics
+from tbik_jax.layers.training import InvariantTraining
 from tbik_jax.models import Qwen3
 from tbik_jax.training import shard_model, value_and_grad
 from tests.helpers import assert_same_bits, differing
@@ -189,6 +191,18 @@ def test_aux_needs_an_entry_for_each_row(whole):
 
     with pytest.raises(ValueError, match=re.escape("aux['mean'] of the loss function has shape ()")):
         value_and_grad(summed, mesh=tbik_jax.make_mesh(), has_aux=True)(model, rows)
+
+
+def test_attention_gives_training_what_it_gives_inference(monkeypatch):
+    """Where inference takes a kernel, the train step must not take the reference, whose bits are others."""
+    shape = (1, 16, 2, 16)
+    q, k, v = (jnp.ones(shape, jnp.bfloat16) * i for i in (1, 2, 3))
+    positions = jnp.arange(16, dtype=jnp.int32)[None]
+    monkeypatch.setattr(InvariantNumerics, "attention", lambda self, q, k, v, positions: v * 5)
+    for backend, expected in (("mosaic_gpu", 15), ("reference", 3)):
+        ops = InvariantTraining(backend=backend)
+        out, _ = jax.vjp(lambda q, ops=ops: ops.attention(q, k, v, positions), q)
+        assert np.unique(np.asarray(out, np.float32)).tolist() == [expected]
 
 
 def test_gradients_are_those_of_plain_jax_in_float32():

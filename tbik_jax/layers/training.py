@@ -308,6 +308,10 @@ def _attention_fwd(
     ops: InvariantTraining, q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array
 ) -> tuple[jax.Array, Any]:
     out, lse = attention_with_lse(q, k, v, positions)
+    if ops.backend != "reference":
+        # That is the reference's. The kernel that `generate` and `score` take has other bits, and training must see
+        # theirs: else the probability of a token would differ between rollout and trainer.
+        out = ops.forward.attention(q, k, v, positions)
     return out, (q, k, v, out, lse)
 
 
