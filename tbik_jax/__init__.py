@@ -1,10 +1,11 @@
 """Deterministic LLM inference in JAX: the same bits on any mesh of 1 to 8 devices, in any batch.
 
 `generate` and `score` run a Flax NNX Qwen3 whose every float reduction has one order, set by global shapes alone
-(`docs/numerics.md` states the contract). `tree_matmul`, `tree_psum` and `tree_psum_scatter` are its parts.
+(`docs/numerics.md` states the contract). `tree_matmul`, `tree_psum` and `tree_psum_scatter` are its parts. `ops` holds
+drop-in ops for other people's models, with the usual signatures and gradients (`docs/drop_in.md`).
 """
 
-from . import models, optimizers, pallas_kernels, rl, training
+from . import models, ops, optimizers, pallas_kernels, rl, training
 from .checkpoint import RestoredCheckpoint, checkpoint_steps, restore_checkpoint, save_checkpoint
 from .collectives import tree_all_gather, tree_psum, tree_psum_scatter
 from .export import export_hugging_face
@@ -12,6 +13,21 @@ from .fingerprint import fingerprint
 from .generation import GenerateOutput, generate, score
 from .loading import load
 from .mesh import make_mesh
+from .ops import (
+    TreeDotGeneral,
+    dot_general,
+    dot_product_attention,
+    einsum,
+    layer_norm,
+    log_softmax,
+    logsumexp,
+    matmul,
+    mean,
+    rms_norm,
+    softmax,
+    sum,
+    var,
+)
 from .pallas_kernels import tree_matmul
 from .sampling import SamplingParams
 from .training import TrainingModel, shard_model, train_step, value_and_grad
@@ -23,20 +39,33 @@ __all__ = [
     "RestoredCheckpoint",
     "SamplingParams",
     "TrainingModel",
+    "TreeDotGeneral",
     "checkpoint_steps",
+    "dot_general",
+    "dot_product_attention",
+    "einsum",
     "export_hugging_face",
     "fingerprint",
     "generate",
+    "layer_norm",
     "load",
+    "log_softmax",
+    "logsumexp",
     "make_mesh",
+    "matmul",
+    "mean",
     "models",
+    "ops",
     "optimizers",
     "pallas_kernels",
     "restore_checkpoint",
     "rl",
+    "rms_norm",
     "save_checkpoint",
     "score",
     "shard_model",
+    "softmax",
+    "sum",
     "train_step",
     "training",
     "tree_all_gather",
@@ -44,4 +73,5 @@ __all__ = [
     "tree_psum",
     "tree_psum_scatter",
     "value_and_grad",
+    "var",
 ]
