@@ -31,12 +31,14 @@ from .ops import (
 from .pallas_kernels import tree_matmul
 from .sampling import SamplingParams
 from .training import TrainingModel, shard_model, train_step, value_and_grad
+from .transform import Rule, invariant, report
 
 __version__ = "0.1.0"
 
 __all__ = [
     "GenerateOutput",
     "RestoredCheckpoint",
+    "Rule",
     "SamplingParams",
     "TrainingModel",
     "TreeDotGeneral",
@@ -47,6 +49,7 @@ __all__ = [
     "export_hugging_face",
     "fingerprint",
     "generate",
+    "invariant",
     "layer_norm",
     "load",
     "log_softmax",
@@ -58,6 +61,7 @@ __all__ = [
     "ops",
     "optimizers",
     "pallas_kernels",
+    "report",
     "restore_checkpoint",
     "rl",
     "rms_norm",

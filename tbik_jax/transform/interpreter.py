@@ -1,0 +1,355 @@
+"""`invariant`: a function whose contractions and reductions follow the contract, and `report`: what that replaces.
+
+A jaxpr interpreter. It knows a list of primitives; whatever is not on it raises, so nothing keeps another order unseen.
+"""
+
+import dataclasses
+import fnmatch
+import functools
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.extend import core, source_info_util
+
+from ..collectives import tree_psum
+from ..ops.contraction import contract
+from ..pallas_kernels.tree_matmul.plan import LEAVES
+from .primitives import EXACT, HIDDEN, REPLACED, has_effects, has_floats, refusal
+
+Kind = Literal["replaced", "exact", "excluded", "uncovered"]
+
+#: Primitives that hold one jaxpr, which runs once.
+_CALLS = {
+    "jit": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "core_call": "call_jaxpr",
+    "remat2": "jaxpr",
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+    "custom_vmap_call": "call",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rule:
+    """What `invariant` does with the contractions and reductions that match.
+
+    Attributes:
+        pattern: of `fnmatch`, anywhere in "name stack, primitive, file:line:column (function)".
+        leaves: of matching contractions, 1, 2, 4 or 8; None for 8.
+        exclude: leave matching primitives as they are, in JAX's order.
+    """
+
+    pattern: str
+    leaves: int | None = None
+    exclude: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Entry:
+    """What becomes of one primitive of a function.
+
+    Attributes:
+        primitive: its name.
+        kind: "replaced" by a step of the contract, "exact" as it stands, "excluded" by a rule, or "uncovered".
+        source: file, line and function.
+        reason: why it is uncovered.
+    """
+
+    primitive: str
+    kind: Kind
+    source: str
+    reason: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Report:
+    """What `invariant` would do.
+
+    Attributes:
+        entries: one a primitive of the function, in the order of its first use.
+        unused_rules: rules that match nothing.
+    """
+
+    entries: tuple[Entry, ...]
+    unused_rules: tuple[Rule, ...]
+
+    def of(self, kind: Kind) -> tuple[Entry, ...]:
+        """The entries of one kind."""
+        return tuple(e for e in self.entries if e.kind == kind)
+
+    def __str__(self) -> str:
+        lines = [f"{e.kind:9} {e.primitive:20} {e.source} {e.reason}".rstrip() for e in self.entries]
+        return "\n".join([*lines, *(f"unused rule {rule}" for rule in self.unused_rules)])
+
+
+def invariant(fn: Callable[..., Any], rules: Sequence[Rule] | None = None) -> Callable[..., Any]:
+    """`fn` with its contractions and sums in the order of the contract (`docs/drop_in.md`).
+
+    Products of any dimensions, sums, `psum` and `psum_scatter` over named axes take the tree; exp, log, logistic,
+    powers, products and quotients are rounded by themselves, so that no fusion changes them. jit, scan, while, cond,
+    remat, custom_jvp, custom_vjp and shard_map (which then runs with `check_vma=False`) are walked through. A product
+    whose only use is a `psum` is one contraction over all ranks, in fp32, rounded once. It works under `jax.jit`, which
+    it should be under: otherwise every primitive is a call of its own.
+
+    Gradients: take `invariant(jax.grad(fn))`, which covers the backward pass. `jax.grad(invariant(fn))` raises
+    `ValueError`: JAX would transpose broadcasts and gathers to sums in an order of its own.
+
+    Args:
+        fn: any function of pytrees of arrays; other arguments are static.
+        rules: the first that matches a primitive decides; one that matches nothing is warned of.
+
+    Returns:
+        The function. Its first call for some shapes traces `fn`.
+
+    Raises:
+        ValueError: (when called) primitives that hide a computation or have no covered order, with their source lines.
+    """
+    chosen = tuple(rules or ())
+
+    @functools.wraps(fn)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        closed, leaves, tree = _trace(fn, args, kwargs)
+        walk = _Walk(chosen)
+        out = walk.closed(closed, leaves)
+        if walk.unused:
+            warnings.warn(f"rules that match nothing: {walk.unused}", stacklevel=2)
+        return jax.tree.unflatten(tree, [_refuse_gradient(x) for x in out])
+
+    return run
+
+
+def report(fn: Callable[..., Any], *args: Any, rules: Sequence[Rule] | None = None, **kwargs: Any) -> Report:
+    """What `invariant(fn, rules)` would do with `fn(*args, **kwargs)`; computes nothing, and does not raise.
+
+    Args:
+        fn: the function.
+        *args: of the function; `jax.ShapeDtypeStruct`s serve.
+        rules: as in `invariant`.
+        **kwargs: of the function.
+    """
+    closed, leaves, _ = _trace(fn, args, kwargs)
+    walk = _Walk(tuple(rules or ()), raising=False)
+    shapes = [jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)) for x in leaves]
+    jax.eval_shape(lambda *leaves: walk.closed(closed, leaves), *shapes)
+    return Report(entries=tuple(walk.entries.values()), unused_rules=walk.unused)
+
+
+def _trace(fn: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, list[Any], Any]:
+    """The jaxpr of fn, its array arguments and the tree of its results."""
+    flat, tree = jax.tree.flatten((args, kwargs))
+    arrays = [
+        isinstance(x, jax.Array | np.ndarray | np.generic | float | int | jax.ShapeDtypeStruct) for x in flat
+    ]
+
+    def of_arrays(*leaves: Any) -> Any:
+        rest = iter(leaves)
+        mixed = [next(rest) if array else x for x, array in zip(flat, arrays, strict=True)]
+        some, named = jax.tree.unflatten(tree, mixed)
+        return fn(*some, **named)
+
+    leaves = [x for x, array in zip(flat, arrays, strict=True) if array]
+    closed, shape = jax.make_jaxpr(of_arrays, return_shape=True)(*leaves)
+    return closed, leaves, jax.tree.structure(shape)
+
+
+@jax.custom_jvp
+def _refuse_gradient(x: jax.Array) -> jax.Array:
+    return x
+
+
+@_refuse_gradient.defjvp
+def _raise(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    raise ValueError("jax.grad(invariant(fn)) leaves sums to JAX; take invariant(jax.grad(fn)) instead")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pending:
+    """A product whose only use is a psum: it is made there."""
+
+    operands: tuple[Any, ...]
+    eqn: Any
+    leaves: int
+
+
+class _Walk:
+    """One walk through a function's jaxpr."""
+
+    def __init__(self, rules: tuple[Rule, ...], *, raising: bool = True) -> None:
+        self.rules, self.raising = rules, raising
+        self.used: set[Rule] = set()
+        self.entries: dict[int, Entry] = {}
+        self.callers: list[str] = []
+
+    @property
+    def unused(self) -> tuple[Rule, ...]:
+        return tuple(rule for rule in self.rules if rule not in self.used)
+
+    def closed(self, closed: Any, args: Sequence[Any]) -> list[Any]:
+        return self.jaxpr(closed.jaxpr, closed.consts, args)
+
+    def jaxpr(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+        values: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
+        values |= dict(
+            zip(
+                jaxpr.invars,
+                (_array(x, v.aval) for x, v in zip(args, jaxpr.invars, strict=True)),
+                strict=True,
+            )
+        )
+
+        def read(v: Any) -> Any:
+            return _array(v.val, v.aval) if isinstance(v, core.Literal) else values[v]
+
+        for eqn in jaxpr.eqns:
+            out = self.eqn(eqn, [read(v) for v in eqn.invars], _feeds_psum(jaxpr, eqn))
+            values.update(zip(eqn.outvars, out, strict=True))
+        return [read(v) for v in jaxpr.outvars]
+
+    def eqn(self, eqn: Any, args: list[Any], feeds_psum: bool) -> Sequence[Any]:
+        name, params = eqn.primitive.name, eqn.params
+        if name in _CALLS:
+            return self._call(eqn, args)
+        structured = (
+            getattr(self, f"_{name}", None) if name in ("scan", "while", "cond", "shard_map") else None
+        )
+        if structured is not None:
+            return structured(params, args)
+        rule = self._rule(eqn)
+        if name not in HIDDEN and not has_effects(eqn) and not has_floats(eqn):
+            return self._exact(eqn, args)
+        if rule is not None and rule.exclude:
+            self._note(eqn, "excluded")
+            return _bind(eqn, args)
+        if name in EXACT:
+            return self._exact(eqn, args)
+        reason = refusal(eqn)
+        if reason is not None:
+            self._note(eqn, "uncovered", reason)
+            return _bind(eqn, args)
+        self._note(eqn, "replaced")
+        leaves = LEAVES if rule is None or rule.leaves is None else rule.leaves
+        if name == "dot_general":
+            pending = _Pending(tuple(args), eqn, leaves)
+            return [pending] if feeds_psum else [_product(pending, None)]
+        if name in ("psum", "psum_invariant"):
+            axes = params["axes"]
+            return [_product(x, axes) if isinstance(x, _Pending) else tree_psum(x, axes) for x in args]
+        return [REPLACED[name](eqn, *args)]
+
+    def _exact(self, eqn: Any, args: list[Any]) -> Sequence[Any]:
+        self._note(eqn, "exact")
+        if eqn.primitive.name in ("pvary", "pbroadcast"):  # types of check_vma=True, which is off here
+            return args
+        if eqn.primitive.name == "psum_invariant":  # of integers
+            return [lax.psum(x, eqn.params["axes"]) for x in args]
+        return _bind(eqn, args)
+
+    def _call(self, eqn: Any, args: list[Any]) -> list[Any]:
+        inner = eqn.params[_CALLS[eqn.primitive.name]]
+        self.callers.append(self._source(eqn))
+        try:
+            return self._inlined(eqn, inner, args)
+        finally:
+            self.callers.pop()
+
+    def _inlined(self, eqn: Any, inner: Any, args: list[Any]) -> list[Any]:
+        if eqn.primitive.name == "remat2" and eqn.params["prevent_cse"] and args:
+            args = list(lax.optimization_barrier(tuple(args)))  # computes again, as remat asks
+        return self._either(inner, args)
+
+    def _scan(self, params: Any, args: list[Any]) -> list[Any]:
+        consts, carry, xs = (list(part) for part in params["ft_in"].update(args).unpack())
+
+        def body(carry: Any, xs: Any) -> tuple[Any, Any]:
+            out = self._either(params["jaxpr"], [*consts, *carry, *xs])
+            return out[: len(carry)], out[len(carry) :]
+
+        options = {k: params[k] for k in ("length", "reverse", "unroll")}
+        final, ys = lax.scan(body, carry, xs, **options)
+        return [*final, *ys]
+
+    def _while(self, params: Any, args: list[Any]) -> list[Any]:
+        of_cond, of_body = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
+        return lax.while_loop(
+            lambda state: self._either(params["cond_jaxpr"], [*args[:of_cond], *state])[0],
+            lambda state: self._either(params["body_jaxpr"], [*args[of_cond:of_body], *state]),
+            args[of_body:],
+        )
+
+    def _cond(self, params: Any, args: list[Any]) -> list[Any]:
+        branches = [lambda *a, b=branch: self._either(b, list(a)) for branch in params["branches"]]
+        return lax.switch(args[0], branches, *args[1:])
+
+    def _shard_map(self, params: Any, args: list[Any]) -> list[Any]:
+        mapped = jax.shard_map(
+            lambda *a: tuple(self._either(params["jaxpr"], list(a))),
+            mesh=params["mesh"],
+            in_specs=tuple(params["in_specs"]),
+            out_specs=tuple(params["out_specs"]),
+            axis_names=set(params["newly_manual_axes"]),
+            check_vma=False,  # the tree's permutes give every rank one value, which the checker cannot know
+        )
+        return list(mapped(*args))
+
+    def _either(self, jaxpr: Any, args: list[Any]) -> list[Any]:
+        return self.closed(jaxpr, args) if hasattr(jaxpr, "consts") else self.jaxpr(jaxpr, (), args)
+
+    def _rule(self, eqn: Any) -> Rule | None:
+        text = f"{eqn.source_info.name_stack} {eqn.primitive.name} {self._source(eqn)}"
+        for rule in self.rules:
+            if fnmatch.fnmatchcase(text, f"*{rule.pattern}*"):
+                self.used.add(rule)
+                return rule
+        return None
+
+    def _source(self, eqn: Any) -> str:
+        """The user's line; inside a function that JAX traced once for all, the line that calls it."""
+        return source_info_util.summarize(eqn.source_info) or next(filter(None, reversed(self.callers)), "?")
+
+    def _note(self, eqn: Any, kind: Kind, reason: str = "") -> None:
+        if kind == "uncovered" and self.raising:
+            raise ValueError(f"{eqn.primitive.name} at {self._source(eqn)}: {reason}; a Rule can exclude it")
+        entry = Entry(primitive=eqn.primitive.name, kind=kind, source=self._source(eqn), reason=reason)
+        self.entries.setdefault(id(eqn), entry)
+
+
+def _array(x: Any, aval: Any) -> Any:
+    plain = not isinstance(x, jax.Array) or (jnp.result_type(x) == aval.dtype and x.weak_type)
+    return lax.convert_element_type(x, aval.dtype) if plain and not isinstance(x, _Pending) else x
+
+
+def _bind(eqn: Any, args: Sequence[Any]) -> Sequence[Any]:
+    out = eqn.primitive.bind(*args, **eqn.params)
+    return out if eqn.primitive.multiple_results else [out]
+
+
+def _feeds_psum(jaxpr: Any, eqn: Any) -> bool:
+    """Whether the only use of a product is a psum over named axes in the same jaxpr."""
+    if eqn.primitive.name != "dot_general":
+        return False
+    out = eqn.outvars[0]
+    uses = [e for e in jaxpr.eqns for v in e.invars if v is out]
+    named = len(uses) == 1 and uses[0].primitive.name in ("psum", "psum_invariant")
+    return named and all(isinstance(a, str) for a in uses[0].params["axes"]) and out not in jaxpr.outvars
+
+
+def _product(pending: _Pending, axes: tuple[str, ...] | None) -> jax.Array:
+    params = pending.eqn.params
+    dtype = pending.eqn.outvars[0].aval.dtype
+    lhs, rhs = pending.operands
+    return contract(
+        lhs,
+        rhs,
+        params["dimension_numbers"],
+        params["precision"],
+        dtype,
+        out_sharding=params["out_sharding"],
+        leaves=pending.leaves,
+        axis=axes,
+    )

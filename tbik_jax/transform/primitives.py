@@ -1,0 +1,232 @@
+"""What becomes of each primitive: exact as it stands, a step of the contract, or a reason why not."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..collectives import tree_psum_scatter
+from ..ops import steps
+from ..pallas_kernels.common import rounding
+from ..pallas_kernels.common.dtypes import FLOATS
+
+#: Copies, choices, comparisons, signs and integer steps: no rounding, in any order.
+EXACT = frozenset(
+    [
+        "abs",
+        "all_gather",
+        "all_to_all",
+        "and",
+        "argmax",
+        "argmin",
+        "axis_index",
+        "bitcast_convert_type",
+        "broadcast_in_dim",
+        "ceil",
+        "clamp",
+        "concatenate",
+        "copy",
+        "copy_p",
+        "cummax",
+        "cummin",
+        "device_put",
+        "dynamic_slice",
+        "dynamic_update_slice",
+        "empty",
+        "eq",
+        "expand_dims",
+        "floor",
+        "gather",
+        "ge",
+        "gt",
+        "iota",
+        "is_finite",
+        "le",
+        "lt",
+        "max",
+        "min",
+        "ne",
+        "neg",
+        "nextafter",
+        "not",
+        "optimization_barrier",
+        "or",
+        "pad",
+        "pmax",
+        "pmin",
+        "ppermute",
+        "pvary",
+        "pbroadcast",
+        "random_bits",
+        "random_fold_in",
+        "random_seed",
+        "random_split",
+        "random_unwrap",
+        "random_wrap",
+        "reduce_and",
+        "reduce_max",
+        "reduce_min",
+        "reduce_or",
+        "reduce_precision",
+        "reduce_xor",
+        "reshape",
+        "rev",
+        "round",
+        "select_n",
+        "sharding_constraint",
+        "shift_left",
+        "shift_right_arithmetic",
+        "shift_right_logical",
+        "sign",
+        "slice",
+        "sort",
+        "split",
+        "squeeze",
+        "stop_gradient",
+        "threefry2x32",
+        "transpose",
+        "xor",
+    ]
+)
+#: Elementwise steps that round; each is made a step of its own.
+_ROUNDED = frozenset(
+    [
+        "add",
+        "add_any",
+        "sub",
+        "sqrt",
+        "cbrt",
+        "exp2",
+        "expm1",
+        "log1p",
+        "tanh",
+        "erf",
+        "erfc",
+        "erf_inv",
+        "sin",
+        "cos",
+        "tan",
+        "asin",
+        "acos",
+        "sinh",
+        "cosh",
+        "asinh",
+        "acosh",
+        "atanh",
+        "pow",
+        "rem",
+    ]
+)
+#: Computations that nobody can see into, whatever their dtypes.
+HIDDEN = frozenset(
+    ("pallas_call", "ffi_call", "custom_call", "pure_callback", "io_callback", "debug_callback")
+)
+
+
+def has_floats(eqn: Any) -> bool:
+    """Whether an operand or a result is a floating-point or complex number."""
+    avals = [v.aval for v in (*eqn.invars, *eqn.outvars)]
+    return any(jnp.issubdtype(a.dtype, jnp.inexact) for a in avals if hasattr(a, "dtype"))
+
+
+def has_effects(eqn: Any) -> bool:
+    """Whether `eqn` does something beside its results; naming a mesh axis is no such thing."""
+    return any(type(effect).__name__ != "NamedAxisEffect" for effect in eqn.effects)
+
+
+def refusal(eqn: Any) -> str | None:
+    """Why no step of the contract takes the place of `eqn`, or None if one does."""
+    name = eqn.primitive.name
+    if name in HIDDEN or has_effects(eqn):
+        return "it hides a computation, or has an effect"
+    if name not in REPLACED and name not in ("dot_general", "psum", "psum_invariant"):
+        return "it has no order of the contract"
+    kinds = {
+        v.aval.dtype.name for v in (*eqn.invars, *eqn.outvars) if jnp.issubdtype(v.aval.dtype, jnp.inexact)
+    }
+    if kinds - set(FLOATS):
+        return f"{', '.join(sorted(kinds - set(FLOATS)))} is not one of {', '.join(FLOATS)}"
+    if eqn.params.get("axis_index_groups") is not None:
+        return "axis_index_groups has no tree"
+    if name.startswith("scatter") and not _one_place_each(eqn):
+        return "indices may meet, in no stated order; pass unique_indices=True if they do not"
+    return None
+
+
+def _one_place_each(eqn: Any) -> bool:
+    indices = eqn.invars[1].aval.shape
+    return eqn.params["unique_indices"] or int(np.prod(indices[:-1])) == 1
+
+
+def _alone(step: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """An elementwise step in fp32, of operands of the result's shape, rounded to the result's dtype."""
+
+    def run(eqn: Any, *args: jax.Array) -> jax.Array:
+        aval = eqn.outvars[0].aval
+        wide = [x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x for x in args]
+        out = step(eqn, *(jnp.broadcast_to(x, aval.shape) for x in wide))
+        return rounding.round_to(out, aval.dtype)
+
+    return run
+
+
+def _bound(eqn: Any, *args: jax.Array) -> jax.Array:
+    return rounding.pin(eqn.primitive.bind(*args, **eqn.params))
+
+
+def _logistic(eqn: Any, x: jax.Array) -> jax.Array:
+    small = rounding.exp(-jnp.abs(x))
+    near = rounding.div(jnp.ones_like(x), small + np.float32(1))
+    return jnp.where(x < 0, rounding.mul(small, near), near)
+
+
+def _integer_pow(eqn: Any, x: jax.Array) -> jax.Array:
+    exponent = eqn.params["y"]
+    out = functools.reduce(rounding.mul, [x] * abs(exponent), jnp.ones_like(x))
+    return rounding.div(jnp.ones_like(x), out) if exponent < 0 else out
+
+
+def _sum(eqn: Any, x: jax.Array) -> jax.Array:
+    return rounding.round_to(steps.total(x.astype(jnp.float32), tuple(sorted(eqn.params["axes"]))), x.dtype)
+
+
+def _convert(eqn: Any, x: jax.Array) -> jax.Array:
+    dtype = eqn.params["new_dtype"]
+    return (
+        rounding.round_to(x, dtype)
+        if x.dtype == jnp.float32 and dtype in (jnp.bfloat16, jnp.float16)
+        else x.astype(dtype)
+    )
+
+
+def _scatter_psum(eqn: Any, x: jax.Array) -> jax.Array:
+    params = eqn.params
+    dim = params["scatter_dimension"]
+    return tree_psum_scatter(x, params["axis_name"], scatter_dimension=dim, tiled=params["tiled"])
+
+
+def _place(eqn: Any, *args: jax.Array) -> jax.Array:
+    return eqn.primitive.bind(*args, **eqn.params)
+
+
+REPLACED: dict[str, Callable[..., jax.Array]] = {
+    **{name: _alone(_bound) for name in _ROUNDED},
+    "mul": _alone(lambda eqn, a, b: rounding.mul(a, b)),
+    "one_minus_square": _alone(lambda eqn, a: np.float32(1) - rounding.mul(a, a)),
+    "square": _alone(lambda eqn, a: rounding.mul(a, a)),
+    "div": _alone(lambda eqn, a, b: rounding.div(a, b)),
+    "exp": _alone(lambda eqn, x: rounding.exp(x)),
+    "log": _alone(lambda eqn, x: rounding.log(x)),
+    "rsqrt": _alone(lambda eqn, x: rounding.reciprocal_sqrt(x)),
+    "logistic": _alone(_logistic),
+    "integer_pow": _alone(_integer_pow),
+    "convert_element_type": _convert,
+    "reduce_sum": _sum,
+    "reduce_scatter": _scatter_psum,
+    "scatter": _place,
+    "scatter-add": _place,
+    "scatter_add": _place,
+}
