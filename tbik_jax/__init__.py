@@ -2,7 +2,7 @@
 
 `generate` and `score` run a Flax NNX Qwen3 whose every float reduction has one order, set by global shapes alone
 (`docs/numerics.md` states the contract). `tree_matmul`, `tree_psum` and `tree_psum_scatter` are its parts. `ops` holds
-drop-in ops for other people's models, with the usual signatures and gradients (`docs/drop_in.md`).
+drop-in ops for other people's models, with the usual signatures and gradients (`docs/drop-in.md`).
 """
 
 from . import models, ops, optimizers, pallas_kernels, rl, training

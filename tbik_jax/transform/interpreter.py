@@ -89,7 +89,7 @@ class Report:
 
 
 def invariant(fn: Callable[..., Any], rules: Sequence[Rule] | None = None) -> Callable[..., Any]:
-    """`fn` with its contractions and sums in the order of the contract (`docs/drop_in.md`).
+    """`fn` with its contractions and sums in the order of the contract (`docs/drop-in.md`).
 
     Products of any dimensions, sums, `psum` and `psum_scatter` over named axes take the tree; exp, log, logistic,
     powers, products and quotients are rounded by themselves, so that no fusion changes them. jit, scan, while, cond,
