@@ -23,9 +23,9 @@ from .layers.batch_invariant import BatchInvariantTraining
 from .layers.plain_training import PlainTraining, PlainTrainingParallel
 from .layers.training import InvariantTraining, TrainingParallel
 from .loading import parameter_path, parameter_shardings
-from .mesh import BATCH_AXES, entered, mesh_label, resolve_mesh
+from .mesh import BATCH_AXES, entered, resolve_mesh
 from .microbatches import tree_scan
-from .models.qwen3 import Qwen3, Qwen3Config
+from .models.qwen3 import Qwen3
 from .models.qwen3.modules import Batch
 from .pallas_kernels.common.backend import device_backend
 from .pallas_kernels.common.rounding import div, mul
@@ -33,6 +33,14 @@ from .pallas_kernels.common.tree import tree_join, tree_sum
 from .pallas_kernels.rope.api import rope_tables
 from .pallas_kernels.tree_matmul.plan import LEAF_MULTIPLE, LEAVES
 from .steps import INVARIANT_OPTIONS, NUMERICS, check_plans, fsdp_dimensions
+from .training_checks import (
+    check_aux,
+    check_batch,
+    check_gradient_plans,
+    check_losses,
+    check_placed,
+    check_result,
+)
 
 #: For a `jax.jit` of one's own around `value_and_grad`.
 COMPILER_OPTIONS = INVARIANT_OPTIONS
@@ -183,8 +191,8 @@ def value_and_grad(
         )
         if numerics != "plain":
             check_plans(model.config, model.dtype)
-            _check_gradient_plans(model.config)
-        _check_batch(batch, plan)
+            check_gradient_plans(model.config)
+        check_batch(batch, where, microbatches)
         values = jax.tree.leaves(state)
         with entered(where, (values, batch)):
             if any(isinstance(x, jax.core.Tracer) for x in (*values, *jax.tree.leaves(batch))):
@@ -247,48 +255,6 @@ def _placed(batch: Any, mesh: Mesh) -> Any:
     return jax.device_put(batch, jax.NamedSharding(mesh, P(BATCH_AXES)))
 
 
-def _check_gradient_plans(config: Qwen3Config) -> None:
-    """Raises `ValueError` if a contraction of the backward pass does not cut into leaves: N of the column-parallel."""
-    kv_heads, group = config.num_key_value_heads, config.queries_per_kv
-    multiple = LEAVES * LEAF_MULTIPLE
-    for what, size in (
-        ("vocab_size", config.vocab_size),
-        ("num_key_value_heads * (queries_per_kv + 2) * head_dim", kv_heads * (group + 2) * config.head_dim),
-        ("2 * intermediate_size", 2 * config.intermediate_size),
-    ):
-        if size % multiple:
-            raise ValueError(
-                f"config: gradients contract over {what}={size}, which is no multiple of {multiple} and does not cut "
-                f"into {LEAVES} leaves; resize it to {-(-size // multiple) * multiple}"
-            )
-    if kv_heads & (kv_heads - 1):
-        raise ValueError(
-            f"config field num_key_value_heads={kv_heads}: gradients of their norm's scale need a power of two"
-        )
-
-
-def _check_batch(batch: Any, plan: _Plan) -> None:
-    rows = {x.shape[0] if getattr(x, "ndim", 0) else None for x in jax.tree.leaves(batch)}
-    if len(rows) != 1 or None in rows:
-        raise ValueError(
-            "every leaf of a batch must be an array with the same number of leading rows; these have "
-            f"{', '.join(sorted('no rows' if n is None else str(n) for n in rows))}"
-        )
-    (count,) = rows
-    parts = plan.ranks * plan.microbatches
-    if plan.ranks not in (1, 2, 4, 8) or parts > LEAVES:
-        shape = plan.mesh.shape
-        raise ValueError(
-            f"data={shape['data']} x fsdp={shape['fsdp']} ranks and {plan.microbatches} micro-batches cut the batch "
-            f"into {parts} parts; a tree of {LEAVES} leaves has complete subtrees for 1, 2, 4 or {LEAVES} parts"
-        )
-    if not count or count % parts:
-        raise ValueError(
-            f"{count} rows cannot be cut into {parts} equal parts ({plan.ranks} ranks x {plan.microbatches} "
-            f"micro-batches); use a multiple of {parts}"
-        )
-
-
 @functools.lru_cache(maxsize=64)
 def _jitted(plan: _Plan) -> Any:
     options = {} if plan.numerics == "plain" else INVARIANT_OPTIONS
@@ -334,7 +300,7 @@ def _body(plan: _Plan, values: list[jax.Array], batches: Any) -> tuple[jax.Array
                 calls=[],
             )
             result = plan.loss_fn(model, batch)
-            _check_result(result, plan.has_aux)
+            check_result(result, plan.has_aux)
             (loss, weights), aux = result if plan.has_aux else (result, None)
             if len(model.calls) > 1 and plan.microbatches > 1:
                 raise ValueError(
@@ -342,8 +308,8 @@ def _body(plan: _Plan, values: list[jax.Array], batches: Any) -> tuple[jax.Array
                     f"{plan.microbatches} their gradients would be added pass by pass, in another order than without; "
                     "use microbatches=1, or a call"
                 )
-            _check_losses(loss, weights)
-            _check_aux(aux, jax.tree.leaves(batch)[0].shape[0])
+            check_losses(loss, weights)
+            check_aux(aux, jax.tree.leaves(batch)[0].shape[0])
             return loss, (weights, aux)
 
         loss, pullback, (weights, aux) = jax.vjp(losses, wide, wide[plan.head], has_aux=True)
@@ -363,34 +329,6 @@ def _body(plan: _Plan, values: list[jax.Array], batches: Any) -> tuple[jax.Array
     # Without weights there is no mean; the gradients are zeros then, and the loss too.
     weight = jnp.where(weight != 0, weight, jnp.float32(jnp.inf))
     return total / weight, aux, [div(each, weight) for each in gradients]
-
-
-def _check_result(result: Any, has_aux: bool) -> None:
-    pair = result[0] if has_aux and isinstance(result, tuple) and len(result) == 2 else result
-    if not (isinstance(pair, tuple) and len(pair) == 2 and all(isinstance(x, jax.Array) for x in pair)):
-        wanted = "((losses, weights), aux)" if has_aux else "(losses, weights)"
-        raise ValueError(
-            f"the loss function must return {wanted}, two arrays [B, T], not {type(result).__name__}"
-        )
-
-
-def _check_losses(loss: jax.Array, weights: jax.Array) -> None:
-    if loss.ndim != 2 or loss.shape != weights.shape or loss.dtype != jnp.float32:
-        raise ValueError(
-            "the loss function returned losses "
-            f"{loss.dtype} {loss.shape} and weights {weights.dtype} {weights.shape}; it must return float32 losses "
-            "[B, T] and weights of the same shape"
-        )
-
-
-def _check_aux(aux: Any, rows: int) -> None:
-    for path, leaf in jax.tree_util.tree_leaves_with_path(aux):
-        shape = getattr(leaf, "shape", ())
-        if not shape or shape[0] != rows:
-            raise ValueError(
-                f"aux{jax.tree_util.keystr(path)} of the loss function has shape {tuple(shape)}; it must have a "
-                f"leading entry for each of the {rows} rows, as ranks and passes are put together by rows"
-            )
 
 
 def _token_sum(plan: _Plan, x: jax.Array) -> jax.Array:
@@ -445,7 +383,7 @@ def train_step(
         return jax.jit(run, donate_argnums=0, out_shardings=(list(shardings), None), compiler_options=options)
 
     def step(model: Qwen3, optimizer: nnx.Optimizer, batch: Any) -> Any:
-        _check_placed(model, where)
+        check_placed(model, where)
         graphdef, state = nnx.split((model, optimizer))
         leaves, treedef = jax.tree.flatten(state)
         everywhere = jax.NamedSharding(where, P())
@@ -459,17 +397,6 @@ def train_step(
         return loss
 
     return step
-
-
-def _check_placed(model: Qwen3, mesh: Mesh) -> None:
-    state = nnx.state(model, nnx.Param)
-    wanted = jax.tree.leaves(parameter_shardings(state, mesh))
-    for (path, value), sharding in zip(jax.tree_util.tree_leaves_with_path(state), wanted, strict=True):
-        if not value.sharding.is_equivalent_to(sharding, value.ndim):
-            raise ValueError(
-                f"parameter {parameter_path(path)[-1]} does not lie on the mesh {mesh_label(mesh)} as training cuts "
-                "it; take model = tbik_jax.shard_model(model, mesh), and make the optimiser from that"
-            )
 
 
 def shard_model(model: Qwen3, mesh: Mesh | None = None) -> Qwen3:
