@@ -18,10 +18,10 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from .collectives import tree_psum
-from .layers.base import Parallel
+from .layers.base import TrainingParallel
 from .layers.batch_invariant import BatchInvariantTraining
-from .layers.plain_training import PlainTraining, PlainTrainingParallel
-from .layers.training import InvariantTraining, TrainingParallel
+from .layers.plain_training import PlainTraining
+from .layers.training import InvariantTraining
 from .loading import parameter_path, parameter_shardings
 from .mesh import BATCH_AXES, entered, resolve_mesh
 from .microbatches import tree_scan
@@ -66,7 +66,7 @@ class TrainingModel:
 
     module: Qwen3
     head: tuple[str, jax.Array]
-    parallel: Parallel
+    parallel: TrainingParallel
     scan_layers: bool
     remat: bool
     rows: int
@@ -112,8 +112,9 @@ class TrainingModel:
         hidden = self.module.hidden(batch, self.parallel, stacked=stacked, remat=self.remat)
         # The last position predicts nothing; it stays, so that rows keep their length in the sums over tokens.
         targets = jnp.roll(tokens, -1, axis=1)
-        ops: Any = self.parallel.numerics
-        return ops.token_logprobs(hidden, self.parallel.weight(*self.head), targets)[:, :-1]
+        return self.parallel.numerics.token_logprobs(hidden, self.parallel.weight(*self.head), targets)[
+            :, :-1
+        ]
 
 
 #: With `has_aux`, the result is (losses, anything that is an array [B, ...] in all its leaves).
@@ -239,15 +240,14 @@ class _Plan:
         """Of one rank in one pass."""
         return LEAVES // (self.ranks * self.microbatches)
 
-    def parallel(self) -> Parallel:
-        common: Any = {"fsdp_dims": self.fsdp_dims, "dtype": self.dtype}
+    def parallel(self) -> TrainingParallel:
         device = self.mesh.devices.flat[0]
         if self.numerics == "plain":
             plain = PlainTraining(cudnn=device.platform == "gpu", dtype=self.dtype)
-            return PlainTrainingParallel(numerics=plain, **common)
+            return TrainingParallel(numerics=plain, fsdp_dims=self.fsdp_dims)
         kind = InvariantTraining if self.numerics == "invariant" else BatchInvariantTraining
         ops = kind(backend=device_backend(device), token_leaves=self.token_leaves, dtype=self.dtype)
-        return TrainingParallel(numerics=ops, **common)
+        return TrainingParallel(numerics=ops, fsdp_dims=self.fsdp_dims)
 
 
 def _placed(batch: Any, mesh: Mesh) -> Any:

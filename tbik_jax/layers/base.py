@@ -132,6 +132,33 @@ class Parallel:
         return value
 
 
+class TrainingNumerics(Numerics, Protocol):
+    """`Numerics` whose operations have gradients, for whole sequences without a cache."""
+
+    def weight(self, value: jax.Array, fsdp_dim: int | None) -> jax.Array:
+        """This rank's part of a parameter, fp32, as its matmuls take it: values of the activations' dtype, as fp32.
+
+        Its gradient is fp32 and added up over data and fsdp.
+        """
+        ...
+
+    def token_logprobs(self, hidden: jax.Array, w: jax.Array, targets: jax.Array) -> jax.Array:
+        """Log-probabilities float32 [B, T] of targets [B, T], from hidden [B, T, D] and this rank's w [V/tp, D]."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingParallel(Parallel):
+    """`Parallel` whose weights have gradients."""
+
+    numerics: TrainingNumerics
+
+    def weight(self, name: str, value: jax.Array) -> jax.Array:
+        """See `TrainingNumerics.weight`."""
+        dim = next((dim for known, dim in self.fsdp_dims if known == name), None)
+        return self.numerics.weight(value, dim)
+
+
 def vocab_embedding(ids: jax.Array, table: jax.Array) -> jax.Array:
     """Rows of a table [V/tp, D] cut over tp; exact.
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .base import DATA, FSDP, TP, Parallel
+from .base import DATA, FSDP, TP
 from .plain import PlainNumerics
 
 
@@ -24,6 +24,9 @@ class PlainTraining(PlainNumerics):
     """
 
     dtype: str = "bfloat16"
+
+    def weight(self, value: jax.Array, fsdp_dim: int | None) -> jax.Array:
+        return _weight(self.dtype, fsdp_dim, value)
 
     def embedding(self, ids: jax.Array, table: jax.Array) -> jax.Array:
         local = ids - lax.axis_index(TP) * table.shape[0]
@@ -73,22 +76,6 @@ class PlainTraining(PlainNumerics):
         inside = (local >= 0) & (local < logits.shape[-1])
         chosen = jnp.take_along_axis(logits, jnp.where(inside, local, 0)[..., None], axis=-1)[..., 0]
         return (_sum(jnp.where(inside, chosen, 0)) - row_max) - jnp.log(total)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PlainTrainingParallel(Parallel):
-    """`TrainingParallel` with XLA's reductions.
-
-    Attributes:
-        dtype: of the activations, by name.
-    """
-
-    dtype: str = "bfloat16"
-
-    def weight(self, name: str, value: jax.Array) -> jax.Array:
-        """See `TrainingParallel.weight`."""
-        dim = next((dim for known, dim in self.fsdp_dims if known == name), None)
-        return _weight(self.dtype, dim, value)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

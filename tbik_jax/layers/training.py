@@ -6,7 +6,7 @@ Each op is the forward op of `InvariantNumerics` with its own VJP. Two kinds of 
   a rank has a complete subtree, joined by `tree_psum`. A value that every tp rank holds has a cotangent that every rank
   holds too, not a part of it.
 * over data and fsdp: a weight's gradient contracts over the tokens of the whole batch: eight token leaves, row-major.
-  The ops return this rank's subtree in fp32, and `TrainingParallel.weight` joins the rest and rounds nothing.
+  The ops return this rank's subtree in fp32, and `weight` joins the rest and rounds nothing.
 
 Weights arrive as fp32 arrays that hold values of the activations' dtype, so that their gradients are fp32 all the way;
 the ops round them back, which is exact, and XLA drops the pair of casts.
@@ -31,7 +31,7 @@ from ..pallas_kernels.qk_norm_rope.backward import qk_norm_rope_backward
 from ..pallas_kernels.rms_norm.backward import rms_norm_backward
 from ..pallas_kernels.swiglu.backward import swiglu_backward
 from ..pallas_kernels.tree_matmul.plan import plan_contraction
-from .base import DATA, FSDP, TP, Parallel, chosen_logprobs
+from .base import DATA, FSDP, TP, chosen_logprobs
 from .invariant import InvariantNumerics
 
 _op = functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -86,6 +86,9 @@ class InvariantTraining(InvariantNumerics):
         """Log-probabilities float32 [B, T] of targets [B, T], from hidden [B, T, D] and this rank's w [V/tp, D]."""
         return _token_logprobs(self, hidden, w, targets)
 
+    def weight(self, value: jax.Array, fsdp_dim: int | None) -> jax.Array:
+        return _weight(self.dtype, fsdp_dim, value)
+
     @property
     def forward(self) -> InvariantNumerics:
         """The same forward passes, without gradients."""
@@ -108,26 +111,6 @@ class InvariantTraining(InvariantNumerics):
             return self.matmul(dy, w, plan.leaves)
         part = self.matmul(dy, w, plan.local_leaves(ranks), out_dtype=jnp.float32)
         return tree_psum(part, TP, out_dtype=dy.dtype)
-
-    def join_scale(self, leaves: jax.Array) -> jax.Array:
-        """[leaves, D] -> [D]."""
-        return tree_join(list(leaves))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainingParallel(Parallel):
-    """`Parallel` whose weights have fp32 gradients over the whole batch.
-
-    Attributes:
-        dtype: of the activations, by name.
-    """
-
-    dtype: str = "bfloat16"
-
-    def weight(self, name: str, value: jax.Array) -> jax.Array:
-        """A parameter, fp32, rounded to the activations' dtype and gathered over fsdp, as fp32 again."""
-        dim = next((dim for known, dim in self.fsdp_dims if known == name), None)
-        return _weight(self.dtype, dim, value)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -232,7 +215,7 @@ def _norm_bwd(ops: InvariantTraining, eps: float, saved: Any, cts: Any) -> tuple
     dtotal, dout = cts
     narrow = scale.astype(total.dtype)
     dx, dscale = rms_norm_backward(total, narrow, dout, eps=eps, leaves=ops.token_leaves, residual=dtotal)
-    return dx, ops.join_scale(dscale)
+    return dx, tree_join(list(dscale))
 
 
 _keep_rms_norm.defvjp(lambda ops, x, scale, eps: (_keep_rms_norm(ops, x, scale, eps), (x, scale)), _norm_bwd)
