@@ -71,7 +71,7 @@ def main() -> None:
     def run(checks: Iterator[Check], threads: int) -> None:
         def one(check: Check) -> dict[str, Any]:
             late = time.monotonic() - start > args.limit
-            return {"name": check[0], "failed": "out of time"} if late else _run(*check)
+            return {"name": check[0], "failed": "out of time"} if late else run_check(*check)
 
         with concurrent.futures.ThreadPoolExecutor(threads) as pool:
             for future in concurrent.futures.as_completed([pool.submit(one, check) for check in checks]):
@@ -114,7 +114,7 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _run(name: str, check: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def run_check(name: str, check: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     try:
         return {"name": name, **check()}
     except Exception as error:  # one broken case must not hide the others
