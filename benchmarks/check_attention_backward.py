@@ -106,7 +106,9 @@ def check_rows(shape: Shape, kind: str) -> dict[str, Any]:
     whole, differs = gradients(*operands), {}
     for row in range(shape.b):
         alone = gradients(*(a[row : row + 1] for a in operands))
-        differs |= {f"{n} of row {row}": c for n, c in differences(alone, whole, np.s_[row : row + 1]).items()}
+        differs |= {
+            f"{n} of row {row}": c for n, c in differences(alone, whole, np.s_[row : row + 1]).items()
+        }
     turned = gradients(*(a[::-1].copy() for a in operands))
     differs |= {f"{n} turned": c for n, c in differences(turned, whole, np.s_[::-1]).items()}
     for _ in range(5):
@@ -126,9 +128,9 @@ def check_heads(shape: Shape, kind: str) -> dict[str, Any]:
         alone = gradients(q[queries], k[keys], v[keys], dout[queries])
         for name in alone:
             cut = keys if name in ("dk", "dv") else queries
-            differs[f"{name} of head {head}"] = differences(
-                {name: alone[name]}, {name: whole[name]}, cut
-            )[name]
+            differs[f"{name} of head {head}"] = differences({name: alone[name]}, {name: whole[name]}, cut)[
+                name
+            ]
     return verdict(differs)
 
 
@@ -162,7 +164,8 @@ def check_twin(shape: Shape) -> dict[str, Any]:
     whole = ordinary(q, k, v, dout)
     alone = ordinary(*(a[:1] for a in (q, k, v, dout)))
     counts = {
-        n: int((np.asarray(a) != np.asarray(b[:1])).sum()) for n, a, b in zip(NAMES, alone, whole, strict=True)
+        n: int((np.asarray(a) != np.asarray(b[:1])).sum())
+        for n, a, b in zip(NAMES, alone, whole, strict=True)
     }
     return {"differing": counts}
 

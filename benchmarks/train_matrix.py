@@ -2,9 +2,9 @@
 
     python -m benchmarks.train_matrix --devices 2 --models 0.6B 1.7B --out benchmarks/results/train_matrix_2xh200.json
 
-Each mesh is a process of its own with the same weights and tokens; all compile at once and compute in turn, side by side
-where the devices suffice. With invariant numerics every fingerprint must agree; plain ones stand beside. Exits with 1 if
-invariant ones differ or a mesh failed. `--models small` tries it with a tiny model, on the CPU too.
+Each mesh is a process of its own with the same weights and tokens, and all share the devices. With invariant numerics
+every fingerprint must agree; plain ones stand beside. Exits with 1 if invariant ones differ or a mesh failed.
+`--models small` tries it with a tiny model, on the CPU too.
 """
 
 import argparse
@@ -58,7 +58,8 @@ def main(argv: list[str]) -> int:
         "failures": [],
         "results": [],
     }
-    meshes = sorted((m for m in MESHES if math.prod(m) <= args.devices), key=math.prod, reverse=True)
+    wanted = [m for m in MESHES if math.prod(m) <= args.devices and mesh_jobs.named(m, args.meshes)]
+    meshes = sorted(wanted, key=math.prod, reverse=True)
     cells = [(n, name, sizes) for n in args.numerics for name in args.models for sizes in meshes]
     with tempfile.TemporaryDirectory() as folder:
         jobs = [
@@ -165,6 +166,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--limit", type=float, default=480, help="seconds after which what still runs is ended"
     )
+    parser.add_argument("--meshes", nargs="+", help="data,fsdp,tp of the meshes to use; all by default")
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     parser.add_argument("--mesh", nargs=3, type=int, help="of a worker: data, fsdp and tp")
     parser.add_argument("--result", type=Path, help="of a worker: written when it is done")

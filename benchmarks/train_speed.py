@@ -114,7 +114,9 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--scan-layers", action="store_true", help="compile one layer, not each")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--numerics", nargs="+", default=NUMERICS, choices=(*NUMERICS, "batch_invariant"))
-    parser.add_argument("--peak", type=float, default=989.0, help="TFLOP/s of a device: the H200's in bfloat16")
+    parser.add_argument(
+        "--peak", type=float, default=989.0, help="TFLOP/s of a device: the H200's in bfloat16"
+    )
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     parser.add_argument("--dry", action="store_true", help="a tiny model, for a try on the CPU")
     args = parser.parse_args(argv)

@@ -14,7 +14,9 @@ from tbik_jax.models import Qwen3, Qwen3Config
 from tbik_jax.optimizers import clip_by_global_norm, mixed_precision
 
 
-def next_token_loss(model: tbik_jax.TrainingModel, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+def next_token_loss(
+    model: tbik_jax.TrainingModel, batch: dict[str, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
     """Negative log-likelihood of each next token, and its weight."""
     return -model.logprobs(batch["tokens"]), batch["weights"]
 

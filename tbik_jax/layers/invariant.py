@@ -139,9 +139,7 @@ class InvariantNumerics:
 
     def attention_backend(self, q: jax.Array, k: jax.Array) -> str:
         """The backend of attention of q [B, T, N, H] and k [B, S, K, H], which no mesh changes."""
-        return attention_backend(
-            self._backend(q.dtype), head_dim=q.shape[3], group=q.shape[2] // k.shape[2]
-        )
+        return attention_backend(self._backend(q.dtype), head_dim=q.shape[3], group=q.shape[2] // k.shape[2])
 
     def _backend(self, dtype: jax.typing.DTypeLike) -> str:
         return "reference" if jnp.dtype(dtype) == jnp.float32 else self.backend

@@ -100,8 +100,8 @@ class InvariantTraining(InvariantNumerics):
 
     def weight_gradient(self, dy: jax.Array, x: jax.Array) -> jax.Array:
         """dy^T x over this rank's tokens, fp32 [N, K], from dy [..., N] and x [..., K]: its token leaves, joined."""
-        rows = dy.reshape(-1, dy.shape[-1]).T
-        return self.matmul(rows, x.reshape(-1, x.shape[-1]), self.token_leaves, out_dtype=jnp.float32)
+        rows, tokens = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+        return self.matmul(rows, tokens, self.token_leaves, out_dtype=jnp.float32, transpose_lhs=True)
 
     def input_gradient(self, dy: jax.Array, w: jax.Array) -> jax.Array:
         """dy [..., N/tp] @ w [N/tp, K], joined over tp: eight leaves of N, whoever holds them."""
