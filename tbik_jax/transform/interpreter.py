@@ -19,6 +19,7 @@ from jax.extend import core, source_info_util
 from ..collectives import tree_psum
 from ..ops.contraction import contract
 from ..pallas_kernels.tree_matmul.plan import LEAVES
+from . import windows
 from .primitives import EXACT, HIDDEN, REPLACED, has_effects, has_floats, refusal
 
 Kind = Literal["replaced", "exact", "excluded", "uncovered"]
@@ -221,7 +222,8 @@ class _Walk:
         if structured is not None:
             return structured(params, args)
         rule = self._rule(eqn)
-        if name not in HIDDEN and not has_effects(eqn) and not has_floats(eqn):
+        ordered = name in ("scatter", "sort")  # of integers too: which of several comes last
+        if name not in HIDDEN and not has_effects(eqn) and not has_floats(eqn) and not ordered:
             return self._exact(eqn, args)
         if rule is not None and rule.exclude:
             self._note(eqn, "excluded")
@@ -240,7 +242,10 @@ class _Walk:
         if name in ("psum", "psum_invariant"):
             axes = params["axes"]
             return [_product(x, axes) if isinstance(x, _Pending) else tree_psum(x, axes) for x in args]
-        return [REPLACED[name](eqn, *args)]
+        if name == "conv_general_dilated":
+            return [windows.convolution(eqn, *args, leaves=leaves)]
+        out = REPLACED[name](eqn, *args)
+        return out if eqn.primitive.multiple_results else [out]
 
     def _exact(self, eqn: Any, args: list[Any]) -> Sequence[Any]:
         self._note(eqn, "exact")
