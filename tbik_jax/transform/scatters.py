@@ -6,6 +6,7 @@ meant for it and on their order among themselves: not on how many others there a
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -29,7 +30,7 @@ KINDS = {
     "scatter-min": "min",
     "scatter_min": "min",
 }
-_JOINS = {
+_JOINS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
     "add": lambda left, right: left + right,
     "sub": lambda left, right: left - right,
     "mul": rounding.mul,

@@ -73,7 +73,7 @@ def convolution(eqn: Any, lhs: jax.Array, rhs: jax.Array, *, leaves: int) -> jax
     out = contract(cut, kernel, dims, p["precision"], out_dtype, leaves=leaves)  # [G, B, o0, o1, ..., O / G]
     out = jnp.moveaxis(out, (0, out.ndim - 1), (1, 2))  # [B, G, O / G, o0, o1, ...]
     out = out.reshape(out.shape[0], rhs.shape[0], *sizes)
-    return jnp.transpose(out, np.argsort(of_out))
+    return jnp.transpose(out, [of_out.index(i) for i in range(out.ndim)])
 
 
 def window_sum(eqn: Any, x: jax.Array) -> jax.Array:
