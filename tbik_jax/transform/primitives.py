@@ -131,10 +131,25 @@ _ROUNDED = frozenset(
         "rem",
     ]
 )
-#: Computations that nobody can see into, whatever their dtypes.
-HIDDEN = frozenset(
-    ("pallas_call", "ffi_call", "custom_call", "pure_callback", "io_callback", "debug_callback")
+#: Kernels, which nobody can see into; `mpmd_map` is one of Mosaic GPU's.
+KERNELS = frozenset(
+    (
+        "pallas_call",
+        "mpmd_map",
+        "core_map",
+        "run_state",
+        "triton_kernel_call",
+        "ffi_call",
+        "custom_call",
+        "cudnn_fusion",
+    )
 )
+#: Other computations that nobody can see into, whatever their dtypes.
+HIDDEN = frozenset(
+    ("pure_callback", "io_callback", "debug_callback", "debug_print", "call_exported", "custom_partitioning")
+)
+#: Which of them have no results, as `jax.debug.print` has none, and so change no bit.
+SILENT = frozenset(("debug_callback", "debug_print"))
 #: Primitives without an order of the contract, and what to use in their place.
 _REMEDIES = {
     "ragged_dot_general": "groups of rows have no order of the contract; use one dot_general a group, or a mask",
@@ -170,7 +185,9 @@ def refusal(eqn: Any) -> str | None:
     if kinds - set(FLOATS):
         return f"{', '.join(sorted(kinds - set(FLOATS)))} is not one of {', '.join(FLOATS)}"
     if eqn.params.get("axis_index_groups") is not None:
-        return "axis_index_groups has no tree"
+        return "axis_index_groups has no tree; use a mesh with an axis for each group"
+    if name in ("psum", "psum_invariant") and not all(isinstance(a, str) for a in eqn.params["axes"]):
+        return f"axes {eqn.params['axes']} are positions, not mesh axes; use jnp.sum, or name mesh axes"
     return None
 
 
