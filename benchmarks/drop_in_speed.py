@@ -85,21 +85,22 @@ def _row_of_eight(dot: Callable[..., jax.Array], n: int) -> tuple[int, int]:
 
 def _identical_rows(dot: Callable[..., jax.Array], dtype: Any, rows: tuple[int, ...]) -> tuple[int, int]:
     """Rows of one tensor that are equal: results that differ from the first row's."""
-    k, n = 1000, 48
-    run, differ, of = jax.jit(dot), 0, 0
-    w = jax.random.normal(jax.random.key(1), (k, n), dtype)
-    for count in rows:
+    k, run, differ, of = 1000, jax.jit(dot), 0, 0
+    for n in (1, 48):
+        w = jax.random.normal(jax.random.key(1), (k, n), dtype)
         row = jax.random.normal(jax.random.key(0), (1, k), dtype)
-        out = np.asarray(run(jnp.tile(row, (count, 1)), w))
-        differ, of = differ + _differ(out, np.broadcast_to(out[:1], out.shape)), of + out.size
+        for count in rows:
+            out = np.asarray(run(jnp.tile(row, (count, 1)), w))
+            differ, of = differ + _differ(out, np.broadcast_to(out[:1], out.shape)), of + out.size
     return differ, of
 
 
 def _rounding(transform: Callable[..., Any], n: int) -> tuple[int, int]:
-    """float32 to bfloat16 and back under jit: numbers that were not rounded."""
-    x = jax.random.normal(jax.random.key(0), (n,), F32)
-    out = jax.jit(transform(lambda x: (x * 3).astype(BF16).astype(F32)))(x)
-    return _differ(out, (np.asarray(x) * np.float32(3)).astype(BF16).astype(np.float32)), n
+    """A bfloat16 product and sum, then a float32 difference, under jit: numbers that skipped a rounding."""
+    x, y = (jax.random.normal(jax.random.key(i), (n,), BF16) for i in range(2))
+    out = jax.jit(transform(lambda x, y: (x * y + y).astype(F32) - x.astype(F32)))(x, y)
+    a, b = np.asarray(x), np.asarray(y)  # ml_dtypes rounds each step
+    return _differ(out, (a * b + b).astype(np.float32) - a.astype(np.float32)), n
 
 
 def field_tests(dry: bool) -> dict[str, Callable[[bool], tuple[int, int]]]:
