@@ -108,8 +108,12 @@ def field_tests(dry: bool) -> dict[str, Callable[[bool], tuple[int, int]]]:
     plain = functools.partial(jax.lax.dot_general, dimension_numbers=DIMS)
     ours = functools.partial(tbik_jax.dot_general, dimension_numbers=DIMS)
     rows = (3, 8, 65) if dry else (3, 8, 65, 1000, 4100)
+    n = 64 if dry else 4096
     return {
-        "1 row of 8, K=4096, bfloat16": lambda p: _row_of_eight(plain if p else ours, 64 if dry else 4096),
+        "1 row of 8, K=4096, bfloat16": lambda p: _row_of_eight(plain if p else ours, n),
+        "1 row of 8, K=4096, bfloat16 to float32": lambda p: _row_of_eight(
+            functools.partial(plain if p else ours, preferred_element_type=F32), n
+        ),
         "identical rows, bfloat16": lambda p: _identical_rows(plain if p else ours, BF16, rows),
         "identical rows, float32": lambda p: _identical_rows(plain if p else ours, F32, rows),
         "bfloat16 rounding under jit": lambda p: _rounding((lambda f: f) if p else tbik_jax.invariant, 4096),
@@ -262,7 +266,7 @@ def measure(group: str, name: str, dry: bool) -> Row:
     """One row, in a worker."""
     start = time.monotonic()
     row = _field_row(name, dry) if group == "field" else _case_row(GROUPS[group](dry)[name])
-    return {"group": group, "name": name} | row | {"seconds": round(time.monotonic() - start, 2)}
+    return {"group": group, "name": name, **row, "seconds": round(time.monotonic() - start, 2)}
 
 
 def _field_row(name: str, dry: bool) -> Row:

@@ -17,7 +17,7 @@ from jax.extend import core, source_info_util
 
 from ..pallas_kernels.tree_matmul.plan import LEAVES
 from . import kernels, psums, windows
-from .primitives import EXACT, HIDDEN, KERNELS, REPLACED, SILENT, has_effects, has_floats, refusal
+from .primitives import EXACT, HIDDEN, KERNELS, REPLACED, SILENT, has_effects, has_floats, is_exact, refusal
 from .rules import Entry, Kind, Report, Rule
 
 #: Primitives that hold one jaxpr, which runs once.
@@ -167,7 +167,7 @@ class _Walk:
         if rule is not None and rule.exclude:
             self._note(eqn, "excluded")
             return _bind(eqn, [psums.made(x) for x in args])
-        if name in EXACT or (name in SILENT and not eqn.outvars):
+        if is_exact(eqn) or (name in SILENT and not eqn.outvars):
             return self._exact(eqn, args)
         reason = refusal(eqn)
         if reason is not None:

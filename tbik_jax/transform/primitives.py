@@ -29,7 +29,9 @@ EXACT = frozenset(
         "broadcast_in_dim",
         "ceil",
         "clamp",
+        "complex",
         "concatenate",
+        "conj",
         "copy",
         "copy_p",
         "cummax",
@@ -44,6 +46,7 @@ EXACT = frozenset(
         "gather",
         "ge",
         "gt",
+        "imag",
         "iota",
         "is_finite",
         "layout_constraint",
@@ -70,6 +73,7 @@ EXACT = frozenset(
         "random_split",
         "random_unwrap",
         "random_wrap",
+        "real",
         "reduce_and",
         "reduce_max",
         "reduce_min",
@@ -168,6 +172,12 @@ def has_floats(eqn: Any) -> bool:
 def has_effects(eqn: Any) -> bool:
     """Whether `eqn` does something beside its results; naming a mesh axis is no such thing."""
     return any(type(effect).__name__ != "NamedAxisEffect" for effect in eqn.effects)
+
+
+def is_exact(eqn: Any) -> bool:
+    """Whether `eqn` is on the list; the magnitude and the sign of a complex number are none of it."""
+    rounds = eqn.primitive.name in ("abs", "sign") and jnp.iscomplexobj(eqn.invars[0].aval)
+    return eqn.primitive.name in EXACT and not rounds
 
 
 def refusal(eqn: Any) -> str | None:
