@@ -83,8 +83,9 @@ class Pending:
 
     def _contraction(self, axes: Axes | None, dtype: Any) -> jax.Array:
         p = self.eqn.params
+        lhs, rhs = self.args
         options = {"out_sharding": p["out_sharding"], "leaves": self.leaves, "axis": axes}
-        return contract(*self.args, p["dimension_numbers"], p["precision"], dtype, **options)
+        return contract(lhs, rhs, p["dimension_numbers"], p["precision"], dtype, **options)
 
     def _leaves(self, axes: Axes) -> jax.Array:
         """This rank's leaves of the row that all ranks hold, joined in fp32."""
