@@ -1,5 +1,39 @@
-"""What a result was measured on; the package's own function, under the name that the benchmarks know."""
+"""What a result was measured on."""
 
-from tbik_jax.environment import environment
+import importlib.metadata
+import platform
+import subprocess
+from datetime import UTC, datetime
+from typing import Any
 
-__all__ = ["environment"]
+import jax
+
+
+def environment() -> dict[str, Any]:
+    """Devices, driver and versions, for the head of a result file."""
+    devices = jax.devices()
+    versions = {}
+    for name in ("jax", "jaxlib", "flax", "numpy", "transformers"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "device": devices[0].device_kind,
+        "devices": len(devices),
+        "platform": devices[0].platform,
+        "driver": _driver(),
+        "python": platform.python_version(),
+        "versions": versions,
+    }
+
+
+def _driver() -> str | None:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return (
+            subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0].strip()
+        )
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return None
