@@ -1,0 +1,3 @@
+EXAMPLE="x"
+def bench():
+    pass

@@ -1,0 +1,3 @@
+EXAMPLE="x"
+def import_():
+    pass
