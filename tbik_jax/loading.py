@@ -35,7 +35,8 @@ def load(
 
     Raises:
         ValueError: the folder or id is wrong; a tensor is missing, unused, misshapen or holds NaN or infinity; a file
-            is truncated; the model does not fit the mesh or its devices' memory; the dtype is not supported. Each names the culprit.
+            is truncated; the model does not fit the mesh or its devices' memory; the dtype is not supported. Each names
+            the culprit.
     """
     check_dtype(dtype)
     mesh = resolve_mesh(mesh)

@@ -14,7 +14,7 @@ def check_versions() -> None:
     The command line is a module of the package and is imported after it: so for `tbik-jax` the message ends the program
     here, in one line and with the status of a user's mistake.
     """
-    message = next(filter(None, map(version_problem, SUPPORTED)), None)
+    message = next(filter(None, (version_problem(name, installed(name)) for name in SUPPORTED)), None)
     if message is None:
         return
     if Path(sys.argv[0]).name == "tbik-jax":
@@ -23,18 +23,24 @@ def check_versions() -> None:
     raise ImportError(message)
 
 
-def version_problem(package: str) -> str | None:
-    """What is wrong with the installed version of `package`, and what to do; None if nothing is."""
+def installed(package: str) -> str | None:
+    """The version of a package that is installed; None if none is."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def version_problem(package: str, version: str | None) -> str | None:
+    """What is wrong with that version of `package`, and what to do; None if nothing is."""
     least, below = SUPPORTED[package]
     wanted = f"{package}>={_text(least)},<{_text(below)}"
-    try:
-        installed = importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
+    if version is None:
         return f"tbik-jax needs {wanted} and it is not installed; run: pip install '{wanted}'"
-    if least <= _numbers(installed) < below:
+    if least <= _numbers(version) < below:
         return None
     return (
-        f"tbik-jax needs {wanted}, since another series may have other bits, and {installed} is installed; "
+        f"tbik-jax needs {wanted}, since another series may have other bits, and {version} is installed; "
         f"run: pip install '{wanted}'"
     )
 

@@ -19,7 +19,6 @@ from ..generation import NumericsName, generate
 from ..mesh import make_mesh, mesh_label
 from ..models import Qwen3
 from ..sampling import SamplingParams
-from . import compare_plot
 from .errors import BROKEN_PROMISE, command
 from .model import encode, load_tokenizer, open_model
 from .options import (
@@ -92,10 +91,10 @@ def compare(
         list[str] | None,
         typer.Option(metavar="AXES", help="Such as tp=2,data=1; several. By default all that fit."),
     ] = None,
-    batch: Annotated[list[int] | None, typer.Option(min=1, help="Batch sizes; by default 1, 3 and 8.")] = None,
-    numerics: Annotated[
-        list[_Numerics] | None, typer.Option(help="Several; by default all three.")
+    batch: Annotated[
+        list[int] | None, typer.Option(min=1, help="Batch sizes; by default 1, 3 and 8.")
     ] = None,
+    numerics: Annotated[list[_Numerics] | None, typer.Option(help="Several; by default all three.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens a prompt.")] = 24,
     temperature: Annotated[float, typer.Option(help="0 takes the most probable token.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the samples, if the temperature is not 0.")] = 0,
@@ -125,7 +124,9 @@ def compare(
         sizes = batch or [n for n in (1, 3, 8) if n <= len(texts)]
         configurations = [Configuration(m, n) for m, n in itertools.product(meshes, sizes)]
         if len(configurations) < 2:
-            raise ValueError("one mesh and one batch size give nothing to compare; name a second --mesh or --batch")
+            raise ValueError(
+                "one mesh and one batch size give nothing to compare; name a second --mesh or --batch"
+            )
         loaded = folder.load(None, dtype, terminal)
         names: list[NumericsName] = [each.value for each in numerics or _Numerics]
         outputs = _collect(loaded, names, configurations, encoded, sampling, max_new_tokens, terminal)
@@ -141,7 +142,9 @@ def compare(
     }
     _report(rows, head, terminal)
     if plot is not None:
-        compare_plot.draw(plot, {row.numerics: (row.verdict, outputs[row.numerics]) for row in rows}, _title(head))
+        from .compare_plot import draw
+
+        draw(plot, {row.numerics: (row.verdict, outputs[row.numerics]) for row in rows}, _title(head))
         terminal.note(f"plot: {plot}")
     terminal.emit(
         head
@@ -155,8 +158,10 @@ def compare(
 
 def _check_plot(path: Path) -> None:
     """Before minutes of work: raises `ValueError` if the image cannot be written."""
-    if path.suffix not in compare_plot.ENDINGS:
-        raise ValueError(f"--plot {path} ends in none of {', '.join(compare_plot.ENDINGS)}")
+    from .compare_plot import ENDINGS  # takes a second to import
+
+    if path.suffix not in ENDINGS:
+        raise ValueError(f"--plot {path} ends in none of {', '.join(ENDINGS)}")
     if not path.absolute().parent.is_dir():
         raise ValueError(f"--plot {path}: there is no folder {path.parent}; make it first")
 
@@ -165,7 +170,9 @@ def _meshes_that_fit(config: Any, terminal: Terminal) -> list[Mesh]:
     """The usual meshes, as far as there are devices and KV heads for them."""
     meshes = []
     for sizes in _MESHES:
-        if config.num_key_value_heads % sizes["tp"] == 0 and np.prod(list(sizes.values())) <= len(jax.devices()):
+        if config.num_key_value_heads % sizes["tp"] == 0 and np.prod(list(sizes.values())) <= len(
+            jax.devices()
+        ):
             meshes.append(make_mesh(data=sizes.get("data", 1), tp=sizes["tp"]))
     if len(meshes) == 1:
         terminal.note("one device: only batch sizes are compared; --cpu-devices 8 shows meshes without GPUs")
@@ -263,4 +270,6 @@ def _report(rows: Sequence[Row], head: dict[str, Any], terminal: Terminal) -> No
     if any(row.numerics == "plain" and row.verdict.same_bits for row in rows):
         terminal.note("plain numerics did not differ either: with these prompts the comparison shows nothing")
     if any(row.kept is False for row in rows):
-        terminal.note("a promise is broken: run `tbik-jax verify` to see which part of the installation it is")
+        terminal.note(
+            "a promise is broken: run `tbik-jax verify` to see which part of the installation it is"
+        )

@@ -57,4 +57,6 @@ def explain(error: Exception) -> tuple[int, str]:
 
 def _out_of_memory(error: Exception, text: str) -> bool:
     kinds = isinstance(error, jax.errors.JaxRuntimeError | MemoryError)
-    return kinds and (isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text or "Out of memory" in text)
+    return kinds and (
+        isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text or "Out of memory" in text
+    )

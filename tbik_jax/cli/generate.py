@@ -49,7 +49,8 @@ def generate(
     model: ModelArgument,
     prompts: Annotated[list[str] | None, typer.Argument(help="Texts to continue.")] = None,
     prompts_file: Annotated[
-        Path | None, typer.Option("--prompts", metavar="FILE", help="Text file, one prompt a line; - is stdin.")
+        Path | None,
+        typer.Option("--prompts", metavar="FILE", help="Text file, one prompt a line; - is stdin."),
     ] = None,
     messages: Annotated[
         Path | None,
@@ -97,7 +98,8 @@ def generate(
             for i in range(samples)
         ]
         plain, templated = (
-            encode(words, each, special_tokens=special) for each, special in ((texts, True), (rendered, False))
+            encode(words, each, special_tokens=special)
+            for each, special in ((texts, True), (rendered, False))
         )
         ids = [row for row in [*plain, *templated] for _ in range(samples)]
         loaded = folder.load(devices, dtype, terminal)

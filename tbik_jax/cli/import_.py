@@ -1,3 +1,5 @@
-EXAMPLE="x"
+EXAMPLE = "x"
+
+
 def import_():
     pass

@@ -58,9 +58,7 @@ def open_model(name: str, terminal: Terminal) -> Iterator[ModelFolder]:
     """
     if name == "synthetic":
         with tempfile.TemporaryDirectory(prefix="tbik-jax-") as folder:
-            path = synthetic.write_checkpoint(
-                Path(folder) / "synthetic", synthetic.small_config(**SYNTHETIC)
-            )
+            path = synthetic.write_checkpoint(Path(folder) / "synthetic", synthetic.small_config(**SYNTHETIC))
             synthetic_tokenizer.write_tokenizer(path)
             yield ModelFolder(name, path, Qwen3Config.from_folder(path), ())
         return
@@ -79,7 +77,9 @@ def load_tokenizer(model: ModelFolder, other: str | None = None) -> Any:
     Raises:
         ValueError: there is none, or its vocabulary is larger than the model's.
     """
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no PyTorch, which nobody needs
+    os.environ.setdefault(
+        "TRANSFORMERS_NO_ADVISORY_WARNINGS", "1"
+    )  # that there is no PyTorch, which nobody needs
     from transformers import AutoTokenizer  # takes seconds to import
 
     on_hub = model.name != "synthetic" and not Path(model.name).is_dir()

@@ -22,15 +22,14 @@ DtypeOption = Annotated[
     Literal["bfloat16", "float16", "float32"], typer.Option(help="Of parameters and activations.")
 ]
 MeshOption = Annotated[
-    str, typer.Option(metavar="AXES", help="Devices along each axis, such as tp=2,data=1; axes: data, fsdp, tp.")
+    str,
+    typer.Option(metavar="AXES", help="Devices along each axis, such as tp=2,data=1; axes: data, fsdp, tp."),
 ]
 CpuDevicesOption = Annotated[
     int | None,
     typer.Option(min=1, metavar="N", help="Run on N virtual CPU devices, to try meshes without GPUs."),
 ]
-JsonOption = Annotated[
-    bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.")
-]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 

@@ -1,4 +1,4 @@
-"""What a command writes, and where: results on stdout, progress and notes on stderr, only JSON on stdout with --json."""
+"""What a command writes, and where: results on stdout, progress on stderr, with --json only JSON on stdout."""
 
 import contextlib
 import json
@@ -7,7 +7,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
 Advance = Callable[..., None]
 
