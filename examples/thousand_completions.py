@@ -33,8 +33,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import tbik_jax
 from tbik_jax import synthetic
+from tbik_jax.bench.environment import environment
 from tbik_jax.buckets import bucket, capacity_bucket
-from tbik_jax.environment import environment
 from tbik_jax.generation import NumericsName
 from tbik_jax.mesh import mesh_label
 from tbik_jax.models import Qwen3, Qwen3Config

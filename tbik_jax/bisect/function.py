@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from ..environment import environment
+from ..bench.environment import environment
 from ..transform.interpreter import _CALLS, Rule, _bind, _trace, _Walk, invariant
 from .bits import bits_of
 from .trace import Op, Trace

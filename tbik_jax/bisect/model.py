@@ -10,8 +10,8 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 
+from ..bench.environment import environment
 from ..buckets import bucket, capacity_bucket
-from ..environment import environment
 from ..generation import NumericsName, TokenIds, _check_lengths, _token_rows
 from ..layers import Numerics
 from ..layers.base import TP
