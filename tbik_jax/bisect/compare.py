@@ -27,7 +27,7 @@ class OpDifference:
         rows: that were compared: tokens of a model, entries of the first dimension of a function's values.
         differing_rows: rows with other bits.
         max_ulp: largest distance of a pair in steps of the dtype, pairs with a NaN left out; None if there is none.
-        max_abs: largest absolute difference of a pair, likewise.
+        max_abs: largest finite difference of a pair; None if there is none.
         nans: pairs with other bits of which one is a NaN.
         at: (sequence, position) of the first token that differs; of a function the row.
     """
@@ -61,7 +61,9 @@ class OpDifference:
         )
         parts = [f"{self.name}{place}: {count} differ"]
         if self.max_ulp is not None:
-            parts.append(f"by at most {self.max_ulp} ulp ({self.max_abs:.3g})")
+            parts.append(
+                f"by at most {self.max_ulp} ulp" + ("" if self.max_abs is None else f" ({self.max_abs:.3g})")
+            )
         if self.nans:
             parts.append(f"{self.nans} of them NaN on one side")
         if self.at is not None and len(self.at) == 2:
@@ -247,8 +249,9 @@ def _difference(op: Op, a: np.ndarray, b: np.ndarray) -> OpDifference:
     if not found.differs:
         return found
     x, y = a[other], b[other]
-    wide = np.abs(x.astype(np.float64) - y.astype(np.float64))
-    finite = wide[~np.isnan(wide)]  # of equal infinities there is no difference, and of NaN none either
+    with np.errstate(invalid="ignore"):
+        wide = np.abs(x.astype(np.float64) - y.astype(np.float64))
+    finite = wide[np.isfinite(wide)]
     nans = (
         int((np.isnan(x.astype(np.float64)) | np.isnan(y.astype(np.float64))).sum())
         if is_float(x.dtype)

@@ -75,6 +75,13 @@ class Configuration:
             if value is not None and not (isinstance(value, int | np.integer) and value >= 1):
                 raise ValueError(f"{name}={value!r} must be a whole number of at least 1, or None")
 
+    @property
+    def label(self) -> str:
+        """Such as "plain, tp=4, batch 8, chunk 1"."""
+        parts = [self.numerics, mesh_label(resolve_mesh(self.mesh))]
+        parts += [] if self.batch_size is None else [f"batch {self.batch_size}"]
+        return ", ".join(parts if self.chunk is None else [*parts, f"chunk {self.chunk}"])
+
 
 def trace_model(
     model: Qwen3,
@@ -126,7 +133,7 @@ def trace_model(
             same = equal if same is None else same and equal
     return Trace(
         kind="model",
-        label=_label(configuration, mesh, size, width, longest),
+        label=dataclasses.replace(configuration, mesh=mesh, batch_size=size).label,
         numerics=configuration.numerics,
         tp=mesh.shape[TP],
         environment=environment(),
@@ -136,11 +143,6 @@ def trace_model(
         prints={name: np.concatenate(parts) for name, parts in collected.prints.items()},
         sequences=tuple(tuple(int(token) for token in row) for row in rows),
     )
-
-
-def _label(configuration: Configuration, mesh: Mesh, size: int, width: int, longest: int) -> str:
-    chunk = f", chunk {width}" if width < longest - 1 else ""
-    return f"{configuration.numerics}, {mesh_label(mesh)}, batch {size}{chunk}"
 
 
 def _whole(keep: Keep) -> Callable[[str], bool]:
