@@ -12,6 +12,7 @@ import typer
 from typer.testing import CliRunner
 
 import tbik_jax
+from tbik_jax.program import Program
 from tests.models_small import small_model
 
 FILE = Path(__file__).parent.parent / "examples" / "thousand_completions.py"
@@ -37,12 +38,17 @@ def run(example, monkeypatch):
     return lambda *arguments: CliRunner().invoke(app, [str(each) for each in arguments])
 
 
-# A prompt of one token needs no prefill: half as many programs to compile.
-SMALL = ("--batches", "2,5", "--prompt-tokens", 1, "--new-tokens", 16, "--completions", 12)
+# A prompt of one token needs no prefill, and each size is a program to compile.
+SMALL = ("--batches", "3", "--prompt-tokens", 1, "--new-tokens", 16, "--completions", 12)
 
 
-def test_one_completion_with_invariant_numerics_and_others_with_plain(run, tmp_path):
+def test_one_completion_with_invariant_numerics_and_others_with_plain(run, tmp_path, monkeypatch):
     out, plot = tmp_path / "result.json", tmp_path / "result.png"
+    compiled: list[object] = []
+    compile_now = Program._compile
+    monkeypatch.setattr(
+        Program, "_compile", lambda self, shapes: compiled.append(shapes) or compile_now(self, shapes)
+    )
     result = run(*SMALL, "--mesh", "tp=1", "--mesh", "data=1,tp=2", "--out", out, "--plot", plot)
     assert result.exit_code == 0, result.output
     data = json.loads(out.read_text())
@@ -51,7 +57,8 @@ def test_one_completion_with_invariant_numerics_and_others_with_plain(run, tmp_p
     assert invariant["distinct_bits"] == 1 and invariant["prefixes"] == [1] * 16 and invariant["fingerprint"]
     assert plain["distinct_bits"] > 1 and plain["first_logprob_that_differs"] is not None
     assert {name.split(",")[0] for name in plain["by_source"]} == {"1 device", "tp=2"}
-    assert {name.split()[-1] for name in plain["by_source"]} == {"2", "5"}
+    assert {name.split()[-1] for name in plain["by_source"]} == {"3"}
+    assert len(compiled) == 2 * 2  # generate finds the programs that were started beforehand
     assert data["environment"]["versions"]["jax"] and plot.read_bytes()[:4] == b"\x89PNG"
 
 
