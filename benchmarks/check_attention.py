@@ -33,8 +33,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.device_time import Cupti, WallClock, compare, count_sets
-from benchmarks.environment import environment
+from tbik_jax.bench.device_time import Cupti, WallClock, compare, count_sets
+from tbik_jax.bench.environment import environment
 from tbik_jax.pallas_kernels.attention.config import AttentionConfig, AttentionShape, choose_config
 from tbik_jax.pallas_kernels.attention.mosaic_gpu import attention_mosaic_gpu
 from tbik_jax.pallas_kernels.attention.plan import AttentionPlan

@@ -28,9 +28,9 @@ import numpy as np
 from flax import nnx
 
 import tbik_jax
-from benchmarks.environment import environment
 from benchmarks.matmul_speed import dump
 from tbik_jax import SamplingParams, synthetic
+from tbik_jax.bench.environment import environment
 from tbik_jax.mesh import resolve_mesh
 from tbik_jax.models import Qwen3, Qwen3Config
 from tbik_jax.models.qwen3.modules import init_cache

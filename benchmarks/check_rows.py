@@ -23,8 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from benchmarks import device_time
-from benchmarks.environment import environment
+from tbik_jax.bench import device_time
+from tbik_jax.bench.environment import environment
 from tbik_jax.layers import PlainNumerics
 from tbik_jax.pallas_kernels import (
     add_rms_norm,

@@ -27,8 +27,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.device_time import Cupti, WallClock, compare, count_sets
-from benchmarks.environment import environment
+from tbik_jax.bench.device_time import Cupti, WallClock, compare, count_sets
+from tbik_jax.bench.environment import environment
 from tbik_jax.pallas_kernels.common.rounding import exp, log
 from tbik_jax.pallas_kernels.common.tree import tree_join
 from tbik_jax.pallas_kernels.log_softmax.mosaic_gpu import leaf_statistics_mosaic_gpu

@@ -35,9 +35,9 @@ import numpy as np
 
 from benchmarks import gpu_pool
 from benchmarks.check_configs import Case, check_configs, layer_cases, random_cases, tiny_cases
-from benchmarks.environment import environment
 from benchmarks.matmul_bits import make_inputs
 from benchmarks.matmul_speed import dump, kernel_digest
+from tbik_jax.bench.environment import environment
 from tbik_jax.pallas_kernels.common.rounding import round_to
 from tbik_jax.pallas_kernels.common.tree import tree_join
 from tbik_jax.pallas_kernels.tree_matmul.mosaic_gpu import tree_matmul_mosaic_gpu

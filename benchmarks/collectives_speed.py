@@ -24,8 +24,8 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from benchmarks.environment import environment
 from benchmarks.matmul_speed import dump
+from tbik_jax.bench.environment import environment
 from tbik_jax.collectives import TRANSPORTS, choose_transport, tree_psum
 
 _LOOP = 50  # sums of one call

@@ -23,11 +23,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks import device_time
-from benchmarks.environment import environment
 from benchmarks.matmul_bits import count_differences, make_inputs
 from benchmarks.matmul_shapes import Layer, layers
 from benchmarks.matmul_speed import DRY_LAYERS, compile_for, compile_inputs, dump, operand_shapes
+from tbik_jax.bench import device_time
+from tbik_jax.bench.environment import environment
 from tbik_jax.pallas_kernels import gated_matmul, swiglu_joint, tree_matmul
 
 BF16 = jnp.bfloat16

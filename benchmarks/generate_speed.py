@@ -30,10 +30,10 @@ from flax import nnx
 from jax.sharding import Mesh
 
 import tbik_jax
-from benchmarks import device_time
-from benchmarks.environment import environment
 from benchmarks.matmul_speed import dump
 from tbik_jax import synthetic
+from tbik_jax.bench import device_time
+from tbik_jax.bench.environment import environment
 from tbik_jax.buckets import bucket, capacity_bucket
 from tbik_jax.loading import parameter_shardings
 from tbik_jax.mesh import mesh_label

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.environment import environment
+from tbik_jax.bench.environment import environment
 
 
 class _Outcomes:

@@ -34,10 +34,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from benchmarks import device_time, gpu_pool
-from benchmarks.environment import environment
+from benchmarks import gpu_pool
 from benchmarks.matmul_report import plot, print_table, ratio, summarize
 from benchmarks.matmul_shapes import LAYERS, MODELS, MS, TPS, Layer, layers
+from tbik_jax.bench import device_time
+from tbik_jax.bench.environment import environment
 from tbik_jax.pallas_kernels.tree_matmul import mosaic_gpu, mosaic_problem, mosaic_sums
 from tbik_jax.pallas_kernels.tree_matmul.mosaic_gpu import choose_config, tree_matmul_mosaic_gpu
 

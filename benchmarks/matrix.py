@@ -26,10 +26,10 @@ from jax.sharding import Mesh
 
 import tbik_jax
 from benchmarks import mesh_jobs
-from benchmarks.environment import environment
 from benchmarks.generate_speed import sharded_model
 from benchmarks.matmul_speed import dump
 from tbik_jax import SamplingParams
+from tbik_jax.bench.environment import environment
 from tbik_jax.buckets import bucket, capacity_bucket
 from tbik_jax.divergence import Output, judge
 from tbik_jax.mesh import mesh_label

@@ -24,9 +24,9 @@ from flax import nnx
 from jax.sharding import Mesh
 
 import tbik_jax
-from benchmarks.environment import environment
 from benchmarks.matmul_speed import dump
 from tbik_jax import rl, synthetic
+from tbik_jax.bench.environment import environment
 from tbik_jax.models import Qwen3, Qwen3Config
 from tbik_jax.optimizers import clip_by_global_norm, mixed_precision
 

@@ -29,8 +29,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks import device_time, gpu_pool
-from benchmarks.environment import environment
+from benchmarks import gpu_pool
 from benchmarks.matmul_bits import count_differences, make_inputs, reference_config
 from benchmarks.matmul_shapes import LAYERS, MODELS, TPS, Layer, layers
 from benchmarks.matmul_speed import (
@@ -43,6 +42,8 @@ from benchmarks.matmul_speed import (
     kernel_digest,
     operand_shapes,
 )
+from tbik_jax.bench import device_time
+from tbik_jax.bench.environment import environment
 from tbik_jax.pallas_kernels.tree_matmul import tuned
 from tbik_jax.pallas_kernels.tree_matmul.mosaic_gpu import (
     MosaicConfig,

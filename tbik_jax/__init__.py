@@ -5,6 +5,9 @@
 drop-in ops for other people's models, with the usual signatures and gradients (`docs/drop-in.md`).
 """
 
+from . import versions as versions  # first: it refuses another JAX before anything fails in JAX's own words
+
+# isort: split
 from . import models, ops, optimizers, pallas_kernels, rl, training
 from .checkpoint import RestoredCheckpoint, checkpoint_steps, restore_checkpoint, save_checkpoint
 from .collectives import tree_all_gather, tree_psum, tree_psum_scatter

@@ -35,7 +35,7 @@ from .checkpoint_folder import (
     step_paths,
 )
 from .mesh import resolve_mesh
-from .models.qwen3 import Qwen3
+from .models.qwen3 import Qwen3, Qwen3Config
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -190,6 +190,32 @@ def checkpoint_steps(folder: str | Path) -> list[int]:
             continue
         steps.append(step)
     return steps
+
+
+def saved_model(folder: str | Path, *, step: int | None = None) -> tuple[Qwen3Config, str]:
+    """What a checkpoint's model was built from, to build an abstract one for `restore_checkpoint`.
+
+    Args:
+        folder: of all of the run's checkpoints.
+        step: which one; None for the last whole one, as `restore_checkpoint` chooses it.
+
+    Returns:
+        The config, and the name of the parameters' dtype.
+
+    Raises:
+        ValueError: there is no such checkpoint, it is not whole, or its model is none of ours.
+    """
+    path, manifest = _choose(Path(folder).expanduser().absolute(), step)
+    if manifest["model"]["class"] != Qwen3.__name__:
+        raise ValueError(f"{path} is of a {manifest['model']['class']}, not of a {Qwen3.__name__}")
+    fields = dict(manifest["model"]["config"])
+    fields["eos_token_id"] = tuple(fields["eos_token_id"])
+    dtypes = {entry["dtype"] for entry in manifest["arrays"]["model"].values()}
+    if len(dtypes) > 1:
+        raise ValueError(
+            f"{path} holds parameters of several dtypes ({', '.join(sorted(dtypes))}); cast one of them"
+        )
+    return Qwen3Config(**fields), dtypes.pop()
 
 
 # --- which checkpoint ----------------------------------------------------------------------------------

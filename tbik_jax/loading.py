@@ -1,5 +1,6 @@
 """`load`: a Hugging Face checkpoint as a sharded Flax NNX module."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
+from .memory import check_parameters
 from .mesh import resolve_mesh
 from .models.qwen3 import Qwen3, Qwen3Config
 from .models.qwen3.checkpoint import ParameterPath, read_parameter, tensor_shapes, tied_duplicates
@@ -33,15 +35,17 @@ def load(
 
     Raises:
         ValueError: the folder or id is wrong; a tensor is missing, unused, misshapen or holds NaN or infinity; a file
-            is truncated; the model does not fit the mesh; the dtype is not supported. Each names the culprit.
+            is truncated; the model does not fit the mesh or its devices' memory; the dtype is not supported. Each names
+            the culprit.
     """
     check_dtype(dtype)
     mesh = resolve_mesh(mesh)
-    folder = _local_folder(path_or_hub_id)
+    folder = local_folder(path_or_hub_id)
     config = Qwen3Config.from_folder(folder)
     abstract = nnx.eval_shape(lambda: Qwen3(config, dtype=dtype, rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(abstract)
     shardings = parameter_shardings(state, mesh)
+    check_parameters(_bytes_a_device(state, shardings), list(mesh.devices.flat))
     with SafetensorsReader(folder) as reader:
         reader.check(tensor_shapes(config), tied_duplicates(config))
         rounding = _RoundingReader(reader, dtype)
@@ -77,6 +81,12 @@ def parameter_shardings(state: Any, mesh: Mesh) -> Any:
         return NamedSharding(mesh, QWEN3_SHARDING.partition_spec(name, leaf.shape, mesh))
 
     return jax.tree_util.tree_map_with_path(sharding, state)
+
+
+def _bytes_a_device(state: Any, shardings: Any) -> int:
+    """Bytes of the parameters on each device."""
+    pairs = zip(jax.tree.leaves(state), jax.tree.leaves(shardings), strict=True)
+    return sum(math.prod(cut.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, cut in pairs)
 
 
 class _RoundingReader:
@@ -116,7 +126,12 @@ def _read(
     return jax.make_array_from_callback(leaf.shape, sharding, callback, dtype=leaf.dtype)
 
 
-def _local_folder(path_or_hub_id: str | Path) -> Path:
+def local_folder(path_or_hub_id: str | Path) -> Path:
+    """The folder of a checkpoint, which is downloaded to the hub's cache if it is a hub id.
+
+    Raises:
+        ValueError: there is no such folder or model, or the hub does not give it; the message says what to do.
+    """
     folder = Path(path_or_hub_id)
     if folder.is_dir():
         return folder
@@ -132,7 +147,32 @@ def _local_folder(path_or_hub_id: str | Path) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
     except (HTTPError, HFValidationError, OSError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
-            f"{name} is no folder here and cannot be downloaded from the hub: {reason}"
+            f"{name} is no folder here and cannot be downloaded from the hub: {_hub_reason(name, error)}"
         ) from None
+
+
+def _hub_reason(name: str, error: Exception) -> str:
+    """What the hub or the way to it said, in one line, and what to do about it."""
+    from httpx import TransportError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
+
+    reason = " ".join(str(error).split()) or type(error).__name__
+    page = f"https://huggingface.co/{name}"
+    if isinstance(error, GatedRepoError):  # a kind of RepositoryNotFoundError, so it comes first
+        return f"it is gated; ask for access at {page}, then run: hf auth login (or set HF_TOKEN)"
+    if isinstance(error, RepositoryNotFoundError):
+        return f"the hub knows no such model; check the name at {page}, or run hf auth login if it is private"
+    if isinstance(error, OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set and it is not in the cache; unset it, or name a folder"
+    if isinstance(error, LocalEntryNotFoundError | TransportError | ConnectionError):
+        return (
+            "the hub cannot be reached and it is not in the cache; check the network, the proxy and HF_ENDPOINT, or "
+            f"name a folder ({reason[:200]})"
+        )
+    return reason[:300]

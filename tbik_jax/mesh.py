@@ -39,7 +39,8 @@ def make_mesh(
     if needed > len(available):
         raise ValueError(
             f"a mesh of data={data} x fsdp={fsdp} x tp={tp} needs {needed} devices and {len(available)} are there; "
-            "use fewer, or on the CPU set jax.config.update('jax_num_cpu_devices', 8) before the first use of JAX"
+            f"use fewer, or virtual CPU devices: jax.config.update('jax_num_cpu_devices', {max(8, needed)}) before the "
+            f"first use of JAX, on the command line --cpu-devices {max(8, needed)}"
         )
     return Mesh(np.asarray(available[:needed]).reshape(data, fsdp, tp), AXES)
 

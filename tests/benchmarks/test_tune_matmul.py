@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import device_time, tune_matmul
+from benchmarks import tune_matmul
 from benchmarks.matmul_bits import reference_config
 from benchmarks.matmul_shapes import Layer
 from benchmarks.tune_matmul import Log, Task, config_name, table_of, tune, with_all_fields
+from tbik_jax.bench import device_time
 
 A, B = {"tile_n": 64}, {"tile_n": 128}
 

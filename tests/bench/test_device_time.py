@@ -5,7 +5,7 @@ import collections
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import device_time
+from tbik_jax.bench import device_time
 
 
 class Recorder:
