@@ -27,8 +27,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.check_attention import run_check, verdict
-from benchmarks.device_time import Cupti, WallClock, compare
-from benchmarks.environment import environment
+from tbik_jax.bench.device_time import Cupti, WallClock, compare
+from tbik_jax.bench.environment import environment
 from tbik_jax.pallas_kernels import attention
 from tbik_jax.pallas_kernels.attention.backward_mosaic_gpu import attention_backward_mosaic_gpu
 from tbik_jax.pallas_kernels.attention.mosaic_gpu import attention_mosaic_gpu

@@ -33,10 +33,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import tbik_jax
-from benchmarks import device_time, gpu_pool
+from benchmarks import gpu_pool
 from benchmarks.drop_in_models import MODELS, REALISTIC, SMALL, Model, gradient
-from benchmarks.environment import environment
 from benchmarks.matmul_speed import dump
+from tbik_jax.bench import device_time
+from tbik_jax.bench.environment import environment
 
 BF16, F32 = jnp.bfloat16, jnp.float32
 DIMS = (((1,), (0,)), ((), ()))

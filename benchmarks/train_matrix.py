@@ -21,9 +21,9 @@ import numpy as np
 
 import tbik_jax
 from benchmarks import mesh_jobs
-from benchmarks.environment import environment
 from benchmarks.matmul_speed import dump
 from benchmarks.train_task import TrainingTask
+from tbik_jax.bench.environment import environment
 from tbik_jax.mesh import mesh_label
 
 NUMERICS = ("invariant", "plain")

@@ -19,10 +19,10 @@ import jax
 from flax import nnx
 
 import tbik_jax
-from benchmarks.environment import environment
 from benchmarks.generate_speed import NUMERICS, kernels_of
 from benchmarks.matmul_speed import dump
 from benchmarks.train_task import TrainingTask, step_flops
+from tbik_jax.bench.environment import environment
 from tbik_jax.mesh import mesh_label
 
 

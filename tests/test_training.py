@@ -50,9 +50,7 @@ def _options(sizes):
 
 
 # Meshes of the test above, whose compiled steps serve here too.
-@pytest.mark.parametrize(
-    ("before", "after"), [({"tp": 4}, {"data": 4, "tp": 2}), ({"fsdp": 8}, {})], ids=str
-)
+@pytest.mark.parametrize(("before", "after"), [({"tp": 4}, {"data": 4, "tp": 2}), ({"fsdp": 8}, {})], ids=str)
 def test_a_run_goes_on_from_a_checkpoint_on_another_mesh(before, after, tmp_path):
     first = Training(tbik_jax.make_mesh(**before), **_options(before))
     losses = first.steps(0, 10)
