@@ -195,8 +195,7 @@ def _model(left: Trace, right: Trace) -> Iterator[OpDifference | tuple[str, str]
         raise ValueError(
             f"{left.label} has {len(names)} ops and {right.label} {len(right.ops)}: other models"
         )
-    index: dict[tuple[int, ...], int] = {sequence: i for i, sequence in enumerate(right.sequences)}
-    pairs = [(i, index[sequence]) for i, sequence in enumerate(left.sequences) if sequence in index]
+    pairs = _pairs(left, right)
     if not pairs:
         raise ValueError(f"{left.label} and {right.label} have no sequence in common")
     rows = [
@@ -223,6 +222,14 @@ def _model(left: Trace, right: Trace) -> Iterator[OpDifference | tuple[str, str]
                 at=(int(differing[0]),) if differing.size else None,
             )
         yield found if found.at is None else dataclasses.replace(found, at=where[found.at[0]])
+
+
+def _pairs(left: Trace, right: Trace) -> list[tuple[int, int]]:
+    """The same sequences in both: of one that stands there several times, the first with the first and so on."""
+    places: dict[tuple[int, ...], list[int]] = {}
+    for j, sequence in enumerate(right.sequences):
+        places.setdefault(sequence, []).append(j)
+    return [(i, places[each].pop(0)) for i, each in enumerate(left.sequences) if places.get(each)]
 
 
 def _rows_of(trace: Trace, sequence: int) -> np.ndarray:

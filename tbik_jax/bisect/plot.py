@@ -1,17 +1,17 @@
 """Where two runs differ, as an image."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm
-from matplotlib.patches import Rectangle
 
 from .compare import Bisection, OpDifference
 from .model import LAYER_OPS
 
-_GREY, _SHOWN = "0.88", 60  # of equal cells; ops of a function that get a name
+if TYPE_CHECKING:  # matplotlib takes a while to import, and who plots nothing need not wait
+    from matplotlib.axes import Axes
+
+_SHOWN = 60  # ops of a function that get a name
 
 
 def plot(found: Bisection, file: str | Path) -> None:
@@ -24,26 +24,21 @@ def plot(found: Bisection, file: str | Path) -> None:
         found: what `compare` or `bisect` gave.
         file: to write.
     """
+    from matplotlib.figure import Figure
+
     layers = sorted({op.layer for op in found.ops if op.layer is not None})
     if layers:
-        figure, panels = plt.subplots(
-            2,
-            1,
-            figsize=(min(16.0, 5.5 + 0.3 * len(layers)), 7),
-            height_ratios=[1, 2.4],
-            sharex=True,
-            layout="constrained",
-        )
+        figure = Figure(figsize=(min(16.0, 5.5 + 0.3 * len(layers)), 7), layout="constrained")
+        panels = figure.subplots(2, 1, height_ratios=[1, 2.4], sharex=True)
         _layers(found, layers, panels[0])
         _map(found, layers, panels[1])
     else:
-        figure, panel = plt.subplots(figsize=(11, 4.5), layout="constrained")
-        _ops(found, panel)
+        figure = Figure(figsize=(11, 4.5), layout="constrained")
+        _ops(found, figure.subplots())
     first = found.first
     text = "no bit differs" if first is None else f"first op that differs: {first.name}"
     figure.suptitle(f"{found.left}  against  {found.right}\n{text}", fontsize=10)
     figure.savefig(file, dpi=100)
-    plt.close(figure)
 
 
 def _share(op: OpDifference) -> float:
@@ -53,7 +48,7 @@ def _share(op: OpDifference) -> float:
     return op.differing / max(1, op.elements)
 
 
-def _layers(found: Bisection, layers: list[int], panel: Axes) -> None:
+def _layers(found: Bisection, layers: list[int], panel: "Axes") -> None:
     largest = [max(_share(op) for op in found.ops if op.layer == layer) for layer in layers]
     panel.bar(range(1, len(layers) + 1), largest, color="C3")
     ends = {0: ("embedding",), len(layers) + 1: ("residual_out", "final_norm", "logits", "logprob")}
@@ -64,8 +59,11 @@ def _layers(found: Bisection, layers: list[int], panel: Axes) -> None:
     panel.grid(axis="y", alpha=0.3)
 
 
-def _map(found: Bisection, layers: list[int], panel: Axes) -> None:
+def _map(found: Bisection, layers: list[int], panel: "Axes") -> None:
     """Ops down, layers across, with the ends of the model in a column before and one behind."""
+    from matplotlib.colors import LogNorm
+    from matplotlib.patches import Rectangle
+
     ends = [op for op in found.ops if op.layer is None]
     names = ["embedding", *LAYER_OPS, *(op.op for op in ends if op.op != "embedding")]
     cells = np.full((len(names), len(layers) + 2), np.nan)
@@ -82,7 +80,7 @@ def _map(found: Bisection, layers: list[int], panel: Axes) -> None:
         cells[place[op.name]] = _share(op)
     smallest = min((_share(op) for op in found.ops if op.differs), default=1e-3)
     norm = LogNorm(vmin=min(smallest, 0.5), vmax=1)
-    panel.imshow(np.where(cells == 0, 1.0, np.nan), cmap="Greys", vmin=0.85, vmax=2.1, aspect="auto")
+    panel.imshow(np.where(cells == 0, 1.0, np.nan), cmap="Greys", vmin=0.75, vmax=2.1, aspect="auto")
     image = panel.imshow(np.where(cells > 0, cells, np.nan), cmap="inferno_r", norm=norm, aspect="auto")
     panel.figure.colorbar(image, ax=panel, label="share of elements that differ (grey: none)")
     if found.first is not None:
@@ -101,7 +99,7 @@ def _map(found: Bisection, layers: list[int], panel: Axes) -> None:
     panel.set_xlabel("layer")
 
 
-def _ops(found: Bisection, panel: Axes) -> None:
+def _ops(found: Bisection, panel: "Axes") -> None:
     shares = [_share(op) for op in found.ops]
     panel.bar(range(len(shares)), shares, color="C3", width=1.0 if len(shares) > _SHOWN else 0.8)
     if len(shares) <= _SHOWN:

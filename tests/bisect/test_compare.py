@@ -78,6 +78,10 @@ def test_rows_are_matched_by_their_sequence():
     assert found.same_bits and found.ops[0].rows == 5  # (8, 9) and (3, 3, 3, 3, 3) stand in one only
     found = compare(trace(), flipped(trace(other), "embedding", 2, 0, 0))
     assert found.first.at == (1, 2)  # of the left trace's sequences
+    twice = ((5, 6, 7), (5, 6, 7))
+    found = compare(trace(twice), flipped(trace(((8, 9), *twice)), "embedding", 1 + 2, 0, 0))
+    assert found.first.at == (1, 0) and found.ops[0].rows == 4
+    assert compare(trace(((5, 6, 7),)), flipped(trace(twice), "embedding", 2, 0, 0)).same_bits
     with pytest.raises(ValueError, match="no sequence in common"):
         compare(trace(), trace(((9, 9),)))
 

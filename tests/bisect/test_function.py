@@ -1,5 +1,8 @@
 """Functions: the equation that differs by its source line, rows of two batches, ranks, scans, what is passed over."""
 
+import re
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -119,3 +122,13 @@ def test_mistakes_are_told():
         bisect(Call(fn=jnp.sin, args=(x[:2],), batch=2), Call(fn=jnp.sin, args=(x,), batch=4))
     with pytest.raises(ValueError, match="is no Configuration, Call, Trace or file"):
         bisect(3, Call(fn=jnp.sin, args=(x,)))
+
+
+def test_the_documentation_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).parents[2] / "docs" / "bisect.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    names: dict = {}
+    exec(compile(block, "bisect.md", "exec"), names)
+    assert "first op that differs: dot_general" in capsys.readouterr().out
+    assert names["found"].first.op == "dot_general" and (tmp_path / "classify.png").is_file()

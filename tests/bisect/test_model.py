@@ -94,14 +94,16 @@ def test_plain_parts_at_the_first_product_that_tp_cuts(model, plain):
 
 
 def test_invariant_has_the_same_bits_in_other_batches_and_chunks(model, invariant):
-    """On two ranks, two rows at a time beside others, and two tokens a pass."""
-    right = configuration("invariant", 2, batch_size=2, chunk=2)
-    found = bisect(invariant, right, model=model, sequences=[SEQUENCES[2], SEQUENCES[0]], check=False)
+    """On four devices, two rows at a time with a rank of the data axis each, and two tokens a pass."""
+    right = Configuration(mesh=make_mesh(data=2, tp=2), batch_size=2, chunk=2)
+    found = bisect(
+        invariant, right, model=model, sequences=[SEQUENCES[2], SEQUENCES[0], [1, 2, 3]], check=False
+    )
     assert (
         found.same_bits
         and found.promised
         and not found.notes
-        and found.right.endswith("tp=2, batch 2, chunk 2")
+        and found.right.endswith("data=2 tp=2, batch 2, chunk 2")
     )
     assert {op.rows for op in found.ops} == {5 + 2}
 
