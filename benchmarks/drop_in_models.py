@@ -247,6 +247,6 @@ def _filled(shapes: Any, size: Size) -> Any:
     return jax.tree.map(fill, shapes)
 
 
-def _average(path: Any, x: jax.ShapeDtypeStruct) -> jax.Array:
-    """A moving average of batch norm: means of 0, variances of 1."""
-    return (jnp.ones if "var_ema" in str(path) else jnp.zeros)(x.shape, x.dtype)
+def _average(path: Any, x: jax.ShapeDtypeStruct) -> np.ndarray:
+    """A moving average of batch norm: means of 0, variances of 1. It lies on no device."""
+    return (np.ones if "var_ema" in str(path) else np.zeros)(x.shape, x.dtype)
