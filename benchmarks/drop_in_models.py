@@ -80,12 +80,11 @@ class Model:
 
 def flax_nnx(size: Size) -> Model:
     """`nnx.MultiHeadAttention`, `LayerNorm` and `Linear` in pre-norm blocks."""
-    rngs = nnx.Rngs(0)
     width, dtype = size.width, jnp.dtype(size.dtype)
-    options = {"dtype": dtype, "param_dtype": dtype, "rngs": rngs}
 
     class Block(nnx.Module):
-        def __init__(self) -> None:
+        def __init__(self, rngs: nnx.Rngs) -> None:
+            options = {"dtype": dtype, "param_dtype": dtype, "rngs": rngs}
             self.norms = nnx.List([nnx.LayerNorm(width, **options) for _ in range(2)])
             self.attention = nnx.MultiHeadAttention(size.heads, width, decode=False, **options)
             self.up = nnx.Linear(width, 4 * width, **options)
@@ -95,14 +94,18 @@ def flax_nnx(size: Size) -> Model:
             x = x + self.attention(self.norms[0](x))
             return x + self.down(jax.nn.gelu(self.up(self.norms[1](x))))
 
-    graph, state = nnx.split(nnx.List([Block() for _ in range(size.layers)]))
+    def make() -> nnx.List[Block]:
+        rngs = nnx.Rngs(0)
+        return nnx.List([Block(rngs) for _ in range(size.layers)])
+
+    graph, shapes = nnx.split(nnx.eval_shape(make))
 
     def forward(state: Any, x: jax.Array) -> jax.Array:
         for block in nnx.merge(graph, state):
             x = block(x)
         return x
 
-    return Model("flax.nnx", forward, state, _hidden(size))
+    return Model("flax.nnx", forward, _filled(shapes, size), _hidden(size))
 
 
 def flax_linen(size: Size) -> Model:
@@ -154,15 +157,18 @@ def equinox(size: Size) -> Model:
             x = x + self.attention(y, y, y)
             return x + jax.vmap(self.mlp)(jax.vmap(self.norms[1])(x))
 
-    blocks = [Block(key) for key in jax.random.split(jax.random.key(0), size.layers)]
-    parameters, rest = eqx.partition(blocks, eqx.is_array)
+    def make(key: jax.Array) -> list[Block]:
+        return [Block(each) for each in jax.random.split(key, size.layers)]
+
+    shapes = eqx.filter_eval_shape(make, jax.random.key(0))
+    parameters, rest = eqx.partition(shapes, lambda x: isinstance(x, jax.ShapeDtypeStruct))
 
     def forward(parameters: Any, x: jax.Array) -> jax.Array:
         for block in eqx.combine(parameters, rest):
             x = jax.vmap(block)(x)
         return x
 
-    return Model("equinox", forward, _cast(parameters, size), _hidden(size))
+    return Model("equinox", forward, _filled(parameters, size), _hidden(size))
 
 
 def haiku_resnet(size: Size) -> Model:
@@ -225,17 +231,10 @@ def _hidden(size: Size) -> jax.Array:
     return jax.random.normal(jax.random.key(1), shape, jnp.dtype(size.dtype))
 
 
-def _cast(tree: Any, size: Size) -> Any:
-    def cast(x: Any) -> Any:
-        return x.astype(size.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
-
-    return jax.tree.map(cast, tree)
-
-
 def _filled(shapes: Any, size: Size) -> Any:
     """Random parameters of the shapes that a library asks for: about 1 for vectors, fan-in scaled for the rest.
 
-    Libraries' own initialisers take a minute to compile for a ResNet.
+    Libraries' own initialisers take long to compile, a ResNet's a minute.
     """
     rng = np.random.default_rng(0)
 
@@ -247,6 +246,6 @@ def _filled(shapes: Any, size: Size) -> Any:
     return jax.tree.map(fill, shapes)
 
 
-def _average(path: Any, x: jax.ShapeDtypeStruct) -> jax.Array:
-    """A moving average of batch norm: means of 0, variances of 1."""
-    return (jnp.ones if "var_ema" in str(path) else jnp.zeros)(x.shape, x.dtype)
+def _average(path: Any, x: jax.ShapeDtypeStruct) -> np.ndarray:
+    """A moving average of batch norm: means of 0, variances of 1. It lies on no device."""
+    return (np.ones if "var_ema" in str(path) else np.zeros)(x.shape, x.dtype)

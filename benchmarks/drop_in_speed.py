@@ -18,6 +18,7 @@ import argparse
 import dataclasses
 import functools
 import importlib.metadata
+import itertools
 import json
 import os
 import sys
@@ -87,12 +88,11 @@ def _row_of_eight(dot: Callable[..., jax.Array], n: int) -> tuple[int, int]:
 def _identical_rows(dot: Callable[..., jax.Array], dtype: Any, rows: tuple[int, ...]) -> tuple[int, int]:
     """Rows of one tensor that are equal: results that differ from the first row's."""
     k, run, differ, of = 1000, jax.jit(dot), 0, 0
-    for n in (1, 48):
-        w = jax.random.normal(jax.random.key(1), (k, n), dtype)
-        row = jax.random.normal(jax.random.key(0), (1, k), dtype)
-        for count in rows:
-            out = np.asarray(run(jnp.tile(row, (count, 1)), w))
-            differ, of = differ + _differ(out, np.broadcast_to(out[:1], out.shape)), of + out.size
+    for n, seed, count in itertools.product((1, 48), range(4), rows):
+        w = jax.random.normal(jax.random.key(seed + 4), (k, n), dtype)
+        row = jax.random.normal(jax.random.key(seed), (1, k), dtype)
+        out = np.asarray(run(jnp.tile(row, (count, 1)), w))
+        differ, of = differ + _differ(out, np.broadcast_to(out[:1], out.shape)), of + out.size
     return differ, of
 
 

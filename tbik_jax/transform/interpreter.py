@@ -35,11 +35,14 @@ _CALLS = {
 def invariant(fn: Callable[..., Any], rules: Sequence[Rule] | None = None) -> Callable[..., Any]:
     """`fn` with its contractions and sums in the order of the contract (`docs/drop-in.md`).
 
-    Products of any dimensions, sums, `psum` and `psum_scatter` over named axes take the tree; exp, log, logistic,
-    powers, products and quotients are rounded by themselves, so that no fusion changes them. jit, scan, while, cond,
-    remat, custom_jvp, custom_vjp and shard_map (which then runs with `check_vma=False`) are walked through. A product
-    whose only use is a `psum` is one contraction over all ranks, in fp32, rounded once. It works under `jax.jit`, which
-    it should be under: otherwise every primitive is a call of its own.
+    Products of any dimensions, convolutions, sums, `psum` and `psum_scatter` over named axes take the tree; cumulative
+    sums, pooling and scatters whose indices meet have one stated order; exp, log, logistic, powers, products and
+    quotients are rounded by themselves, so that no fusion changes them. jit, scan, while, cond, remat, custom_jvp,
+    custom_vjp and shard_map (which then runs with `check_vma=False`) are walked through. A product or a sum whose only
+    use is a `psum` is one tree over all ranks, in fp32, rounded once. It works under `jax.jit`, which it should be
+    under: otherwise every primitive is a call of its own.
+
+    Kernels (Pallas, Triton, foreign functions) raise, unless a rule names them; this package's own stand as they are.
 
     Gradients: take `invariant(jax.grad(fn))`, which covers the backward pass. `jax.grad(invariant(fn))` raises
     `ValueError`: JAX would transpose broadcasts and gathers to sums in an order of its own.

@@ -192,7 +192,7 @@ def refusal(eqn: Any) -> str | None:
     kinds = {
         v.aval.dtype.name for v in (*eqn.invars, *eqn.outvars) if jnp.issubdtype(v.aval.dtype, jnp.inexact)
     }
-    if kinds - set(FLOATS):
+    if kinds - set(FLOATS) and name != "sort":
         return f"{', '.join(sorted(kinds - set(FLOATS)))} is not one of {', '.join(FLOATS)}"
     if eqn.params.get("axis_index_groups") is not None:
         return "axis_index_groups has no tree; use a mesh with an axis for each group"

@@ -155,3 +155,11 @@ def test_a_bfloat16_rounding_is_kept() -> None:
 def test_what_is_not_covered_raises(fn: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tbik_jax.invariant(fn)(jnp.ones(4))
+
+
+@pytest.mark.parametrize("op", [tbik_jax.matmul, tbik_jax.layer_norm])
+def test_the_ops_are_what_they_become(op: Any) -> None:
+    """A function that has the ops already keeps their bits."""
+    rng = np.random.default_rng(6)
+    args = mixed(rng, (6, 64)), normal(rng, (64, 16) if op is tbik_jax.matmul else (64,))
+    assert_same_bits(jax.jit(tbik_jax.invariant(op))(*args), op(*args))
