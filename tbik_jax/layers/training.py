@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ..collectives import tree_all_gather, tree_psum, tree_psum_scatter
-from ..pallas_kernels import swiglu, tree_matmul
+from ..pallas_kernels import swiglu_joint, tree_matmul
 from ..pallas_kernels.attention.backward import attention_backward, attention_with_lse
 from ..pallas_kernels.common.rounding import round_to
 from ..pallas_kernels.common.tree import tree_join
@@ -167,21 +167,24 @@ def _gated_column_parallel(ops: InvariantTraining, x: jax.Array, w: jax.Array) -
 
 
 def _gated_fwd(ops: InvariantTraining, x: jax.Array, w: jax.Array) -> tuple[jax.Array, Any]:
-    gate, up = jnp.split(ops.forward.column_parallel(x, w.astype(x.dtype)), 2, axis=-1)
-    return swiglu(gate, up), (x, w, gate, up)
+    product = ops.forward.column_parallel(x, w.astype(x.dtype))
+    return swiglu_joint(product), (x, w, product)
 
 
 def _gated_bwd(ops: InvariantTraining, saved: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x, w, gate, up = saved
-    dgate, dup = swiglu_backward(gate, up, dy)
-    dw = ops.weight_gradient(jnp.concatenate([dgate, dup], axis=-1), x)
-    # A leaf is a slice of the gates and the same slice of the values, since tp cuts both alike.
-    leaves = plan_contraction(k=w.shape[0] * lax.axis_size(TP), n=w.shape[1], dtype=x.dtype, role="row")
-    count = leaves.local_leaves(lax.axis_size(TP))
+    x, w, product = saved
+    dgate, dup = swiglu_backward(*jnp.split(product, 2, axis=-1), dy)
+    # A leaf of dX is a slice of the gates and the same slice of the values, since tp cuts both alike. The rows of dW
+    # are made in that order too, and put back: they are fewer than the tokens.
+    plan = plan_contraction(k=w.shape[0] * lax.axis_size(TP), n=w.shape[1], dtype=x.dtype, role="row")
+    leaves = plan.local_leaves(lax.axis_size(TP))
     f, d = w.shape[0] // 2, w.shape[1]
-    pairs = jnp.stack([part.reshape(*part.shape[:-1], count, f // count) for part in (dgate, dup)], axis=-2)
-    rows = w.astype(x.dtype).reshape(2, count, f // count, d).swapaxes(0, 1).reshape(2 * f, d)
-    return ops.input_gradient(pairs.reshape(*dy.shape[:-1], 2 * f), rows), dw
+    pairs = jnp.stack(
+        [part.reshape(*part.shape[:-1], leaves, f // leaves) for part in (dgate, dup)], axis=-2
+    ).reshape(*dy.shape[:-1], 2 * f)
+    rows = w.astype(x.dtype).reshape(2, leaves, f // leaves, d).swapaxes(0, 1).reshape(2 * f, d)
+    dw = ops.weight_gradient(pairs, x).reshape(leaves, 2, f // leaves, d).swapaxes(0, 1).reshape(2 * f, d)
+    return ops.input_gradient(pairs, rows), dw
 
 
 _gated_column_parallel.defvjp(_gated_fwd, _gated_bwd)
