@@ -74,7 +74,8 @@ def mesh_of(text: str) -> Mesh:
     Raises:
         ValueError: as `parse_mesh`, or there are too few devices; the message says what to do.
     """
-    return make_mesh(**parse_mesh(text))
+    sizes = parse_mesh(text)
+    return make_mesh(sizes.get("data", 1), sizes.get("fsdp", 1), sizes.get("tp", 1))
 
 
 def describe_devices() -> str:

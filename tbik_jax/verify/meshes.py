@@ -1,5 +1,6 @@
 """The collectives over the devices at hand, and a small model on every mesh of them."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -11,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from ..collectives import TRANSPORTS, Transport, tree_all_gather, tree_psum, tree_psum_scatter
 from ..generation import GenerateOutput, generate
-from ..mesh import TP_SIZES, make_mesh, mesh_label
+from ..mesh import TP_SIZES, make_mesh
 from ..models import Qwen3, Qwen3Config
 from ..sampling import SamplingParams
 from .checks import Check, differs, same
@@ -30,7 +31,9 @@ _CONFIG = Qwen3Config(
     tie_word_embeddings=False,
 )
 #: On a GPU the model is wide enough for its kernels.
-_GPU_SIZES = {"hidden_size": 1024, "intermediate_size": 3072, "head_dim": 64, "vocab_size": 8192}
+_GPU_CONFIG = dataclasses.replace(
+    _CONFIG, hidden_size=1024, intermediate_size=3072, head_dim=64, vocab_size=8192
+)
 _PROMPTS = ([5, 6, 7, 8, 9, 10, 11], [100], [3, 1, 4, 1, 5])
 _NEW_TOKENS = 8
 
@@ -90,13 +93,12 @@ def _tree(parts: list[np.ndarray]) -> np.ndarray:
 def _model(sizes: list[int]) -> Any:
     """Generates on one device, alone and in a batch, and on other meshes."""
     on_gpu = jax.devices()[0].platform == "gpu"
-    config = _CONFIG.__replace__(**_GPU_SIZES) if on_gpu else _CONFIG
+    config = _GPU_CONFIG if on_gpu else _CONFIG
     model = Qwen3(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     expected = _generate(model, range(3), {"tp": 1})
     for shape in _meshes(sizes):  # with data=3 each rank has one prompt, alone
         out = _generate(model, range(3), shape)
-        where = mesh_label(make_mesh(**shape))
-        same((out.tokens, out.logprobs), (expected.tokens, expected.logprobs), f"{where} against one device")
+        same((out.tokens, out.logprobs), (expected.tokens, expected.logprobs), f"{shape} against one device")
     if not sizes:
         alone = _generate(model, [2], {"tp": 1})
         same((alone.tokens, alone.logprobs), (expected.tokens[2:], expected.logprobs[2:]), "a prompt alone")
@@ -119,7 +121,7 @@ def _generate(model: Qwen3, indices: Any, shape: dict[str, int], **options: Any)
     return generate(
         model,
         [_PROMPTS[i] for i in indices],
-        mesh=make_mesh(**shape),
+        mesh=make_mesh(shape.get("data", 1), 1, shape["tp"]),
         max_new_tokens=_NEW_TOKENS,
         sampling=[SamplingParams(temperature=0.8 * (i % 2), seed=i) for i in indices],
         **options,

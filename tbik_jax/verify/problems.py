@@ -38,7 +38,8 @@ def _versions(facts: Facts) -> list[Problem]:
     for package in SUPPORTED:
         text = version_problem(package, facts.versions.get(package))
         if text:
-            found.append(Problem(*text.split("; run: ")))
+            what, _, remedy = text.partition("; run: ")
+            found.append(Problem(what, remedy))
     jax, jaxlib = facts.versions.get("jax"), facts.versions.get("jaxlib")
     if jax != jaxlib:
         found.append(Problem(f"jax is {jax} and jaxlib {jaxlib}", f"pip install jaxlib=={jax}"))
