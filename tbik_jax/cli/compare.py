@@ -36,8 +36,7 @@ from .prompts import EXAMPLES, read_prompts
 from .terminal import Terminal
 
 EXAMPLE = (
-    "tbik-jax compare synthetic --mesh tp=1 --mesh tp=4 --mesh data=3,tp=2 --batch 1 --batch 8 --cpu-devices 8 "
-    "--plot compare.png"
+    "tbik-jax compare synthetic --mesh tp=1 --mesh tp=2,data=3 --batch 3 --cpu-devices 8 --plot compare.png"
 )
 _MESHES: tuple[dict[str, int], ...] = ({"tp": 1}, {"tp": 2}, {"tp": 4}, {"tp": 8}, {"data": 3, "tp": 2})
 _PROMISED = {"invariant": "any mesh and batch", "batch_invariant": "any batch", "plain": "nothing"}

@@ -63,8 +63,8 @@ def render(tokenizer: Any, conversations: Sequence[Sequence[dict[str, str]]]) ->
             tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
             for messages in conversations
         ]
-    except ImportError as error:
-        raise ValueError(f"chat templates need jinja2: {error}; run: pip install jinja2") from None
+    except ImportError:
+        raise ValueError("chat templates need jinja2; run: pip install jinja2") from None
     except Exception as error:  # a template raises what it likes
         raise ValueError(f"the chat template refuses the messages: {error}") from None
 
