@@ -18,6 +18,8 @@ from .terminal import Terminal
 
 #: What the model "synthetic" is: small enough for a laptop, cut so that tp = 8 works.
 SYNTHETIC = {"num_hidden_layers": 2}
+#: One of them is in every tokenizer's folder.
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,13 +86,19 @@ def load_tokenizer(model: ModelFolder, other: str | None = None) -> Any:
 
     on_hub = model.name != "synthetic" and not Path(model.name).is_dir()
     source = other or (model.name if on_hub else str(model.path))
+    local = Path(source).is_dir()
+    if local and not any((Path(source) / name).is_file() for name in _TOKENIZER_FILES):
+        # transformers would make an empty tokenizer from config.json alone, and say nothing
+        raise ValueError(
+            f"{source} holds no tokenizer ({' or '.join(_TOKENIZER_FILES)}); name one with --tokenizer, or copy its "
+            "files there"
+        )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=Path(source).is_dir())
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
     except (OSError, ValueError, KeyError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(". ")
         raise ValueError(
-            f"no tokenizer can be loaded from {source}: {reason}; name one with --tokenizer, or copy tokenizer.json "
-            "and tokenizer_config.json there"
+            f"no tokenizer can be loaded from {source}: {reason}; name another with --tokenizer"
         ) from None
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(

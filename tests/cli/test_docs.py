@@ -22,7 +22,7 @@ def commands(name: str) -> list[str]:
 
 def prepare(folder: Path) -> None:
     """The files that the commands name."""
-    (folder / "prompts.txt").write_text("one prompt\nanother prompt\n")
+    (folder / "prompts.txt").write_text("a\nb\n")
     (folder / "chat.json").write_text(json.dumps([{"role": "user", "content": "How do you make bread?"}]))
 
 
