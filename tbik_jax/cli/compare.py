@@ -118,8 +118,10 @@ def compare(
         _check_plot(plot)
     sampling = SamplingParams(temperature=temperature, seed=seed)
     with open_model(model, terminal) as folder:
-        encoded = encode(load_tokenizer(folder, tokenizer), texts)
-        meshes = [mesh_of(text) for text in mesh] if mesh else _meshes_that_fit(folder.config, terminal)
+        encoded = encode(load_tokenizer(folder, tokenizer, terminal), texts)
+        meshes = (
+            [mesh_of(text, terminal) for text in mesh] if mesh else _meshes_that_fit(folder.config, terminal)
+        )
         sizes = batch or [n for n in (1, 3, 8) if n <= len(texts)]
         configurations = [Configuration(m, n) for m, n in itertools.product(meshes, sizes)]
         if len(configurations) < 2:

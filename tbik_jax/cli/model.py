@@ -73,19 +73,30 @@ def open_model(name: str, terminal: Terminal) -> Iterator[ModelFolder]:
     yield ModelFolder(name, path, config, config.eos_token_id)
 
 
-def load_tokenizer(model: ModelFolder, other: str | None = None) -> Any:
+def load_tokenizer(model: ModelFolder, other: str | None, terminal: Terminal) -> Any:
     """The model's tokenizer, or that of another folder or hub id.
 
     Raises:
         ValueError: there is none, or its vocabulary is larger than the model's.
     """
+    on_hub = model.name != "synthetic" and not Path(model.name).is_dir()
+    source = other or (model.name if on_hub else str(model.path))
+    with terminal.working("loading the tokenizer"):
+        tokenizer = _load_tokenizer(source)
+    if len(tokenizer) > model.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer of {source} has {len(tokenizer)} tokens and the vocabulary of {model.name} "
+            f"{model.config.vocab_size}: they do not belong together; name the model's own with --tokenizer"
+        )
+    return tokenizer
+
+
+def _load_tokenizer(source: str) -> Any:
     os.environ.setdefault(
         "TRANSFORMERS_NO_ADVISORY_WARNINGS", "1"
     )  # that there is no PyTorch, which nobody needs
     from transformers import AutoTokenizer  # takes seconds to import
 
-    on_hub = model.name != "synthetic" and not Path(model.name).is_dir()
-    source = other or (model.name if on_hub else str(model.path))
     local = Path(source).is_dir()
     if local and not any((Path(source) / name).is_file() for name in _TOKENIZER_FILES):
         # transformers would make an empty tokenizer from config.json alone, and say nothing
@@ -94,18 +105,12 @@ def load_tokenizer(model: ModelFolder, other: str | None = None) -> Any:
             "files there"
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
+        return AutoTokenizer.from_pretrained(source, local_files_only=local)
     except (OSError, ValueError, KeyError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(". ")
         raise ValueError(
             f"no tokenizer can be loaded from {source}: {reason}; name another with --tokenizer"
         ) from None
-    if len(tokenizer) > model.config.vocab_size:
-        raise ValueError(
-            f"the tokenizer of {source} has {len(tokenizer)} tokens and the vocabulary of {model.name} "
-            f"{model.config.vocab_size}: they do not belong together; name the model's own with --tokenizer"
-        )
-    return tokenizer
 
 
 def encode(tokenizer: Any, texts: Sequence[str], *, special_tokens: bool = True) -> list[list[int]]:

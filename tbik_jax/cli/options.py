@@ -7,6 +7,7 @@ import typer
 from jax.sharding import Mesh
 
 from ..mesh import AXES, make_mesh
+from .terminal import Terminal
 
 ModelArgument = Annotated[
     str,
@@ -68,13 +69,15 @@ def parse_mesh(text: str) -> dict[str, int]:
     return sizes
 
 
-def mesh_of(text: str) -> Mesh:
-    """The mesh of the first devices.
+def mesh_of(text: str, terminal: Terminal) -> Mesh:
+    """The mesh of the first devices; JAX starts here, if it has not yet.
 
     Raises:
         ValueError: as `parse_mesh`, or there are too few devices; the message says what to do.
     """
     sizes = parse_mesh(text)
+    with terminal.working("starting JAX"):
+        jax.devices()
     return make_mesh(sizes.get("data", 1), sizes.get("fsdp", 1), sizes.get("tp", 1))
 
 

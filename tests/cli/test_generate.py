@@ -65,7 +65,7 @@ def test_a_stream_holds_back_half_a_character(capsys):
     pieces = [list("aé".encode()[:2]), list("é€".encode()[1:4]), list("€!".encode()[2:])]
     printed = []
 
-    def run(on_tokens):
+    def run(*, on_tokens):
         for piece in pieces:
             on_tokens(0, np.asarray(piece), None)
             printed.append(capsys.readouterr().out)
