@@ -82,7 +82,9 @@ class Row:
 @command
 def compare(
     model: ModelArgument,
-    prompts: Annotated[list[str] | None, typer.Argument(help="Texts to continue; eight by default.")] = None,
+    prompts: Annotated[
+        list[str] | None, typer.Argument(metavar="PROMPTS", help="Texts to continue; eight by default.")
+    ] = None,
     prompts_file: Annotated[
         Path | None, typer.Option("--prompts", metavar="FILE", help="Text file, one prompt a line.")
     ] = None,
@@ -151,7 +153,7 @@ def compare(
         head
         | {
             "results": [_as_dict(row) for row in rows],
-            "fingerprint": fingerprint([each[0] for each in outputs[names[0]]]),
+            "fingerprint": _fingerprint(outputs.get("invariant")),
         }
     )
     return BROKEN_PROMISE if any(row.kept is False for row in rows) else 0
@@ -228,6 +230,11 @@ def _judge(name: str, outputs: Outputs, configurations: Sequence[Configuration])
         [[each[i] for i, tp in enumerate(of_tp) if tp == size] for each in outputs] for size in set(of_tp)
     ]
     return Row(name, verdict, all(judge(group).same_bits for group in groups))
+
+
+def _fingerprint(outputs: Outputs | None) -> str | None:
+    """Of what invariant numerics gave in the first configuration."""
+    return None if outputs is None else fingerprint([each[0] for each in outputs])
 
 
 def _as_dict(row: Row) -> dict[str, Any]:

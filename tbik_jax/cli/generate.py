@@ -48,7 +48,7 @@ class _Request:
 @command
 def generate(
     model: ModelArgument,
-    prompts: Annotated[list[str] | None, typer.Argument(help="Texts to continue.")] = None,
+    prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPTS", help="Texts to continue.")] = None,
     prompts_file: Annotated[
         Path | None,
         typer.Option("--prompts", metavar="FILE", help="Text file, one prompt a line; - is stdin."),

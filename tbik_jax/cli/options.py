@@ -77,7 +77,9 @@ def mesh_of(text: str, terminal: Terminal) -> Mesh:
     """
     sizes = parse_mesh(text)
     with terminal.working("starting JAX"):
-        jax.devices()
+        on_cpu = jax.devices()[0].platform == "cpu"
+    if on_cpu and jax.config.jax_num_cpu_devices < 1:  # nobody asked for CPU devices
+        terminal.note("no GPU is used: this runs on the CPU, with references; `tbik-jax verify` says why")
     return make_mesh(sizes.get("data", 1), sizes.get("fsdp", 1), sizes.get("tp", 1))
 
 

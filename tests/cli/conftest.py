@@ -2,9 +2,10 @@
 
 import json
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
 import pytest
 from typer.testing import CliRunner, Result
 
@@ -12,11 +13,19 @@ from tbik_jax import synthetic
 from tbik_jax.bench import tables
 from tbik_jax.cli import app, compare, model
 from tbik_jax.models import Qwen3Config
-from tbik_jax.steps import INVARIANT_OPTIONS
 
 SMALL = {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
 
 Run = Callable[..., Result]
+
+
+@pytest.fixture(autouse=True)
+def quick_compiler() -> Iterator[None]:
+    """Half of the time would go into LLVM's optimisation, which changes no invariant bit: `verify` runs so too."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture
@@ -24,8 +33,6 @@ def small_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     """The synthetic model, the prompts that compare has (of a token each: nothing to prefill), and what is timed."""
     monkeypatch.setattr(compare, "EXAMPLES", ("a", "b", "c"))
     monkeypatch.setattr(model, "SYNTHETIC", SMALL)
-    # Half of the time goes into LLVM's optimisation, which changes no invariant bit: `verify` runs with it too.
-    monkeypatch.setitem(INVARIANT_OPTIONS, "xla_backend_optimization_level", 0)
     sizes = tables.Sizes(
         config=Qwen3Config.from_dict(synthetic.small_config(**SMALL)),
         rows=(3,),

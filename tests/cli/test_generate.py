@@ -1,6 +1,7 @@
 """`tbik-jax generate`: text, JSON and streams, and what a user gets wrong."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from typer.testing import CliRunner
 
 import tbik_jax
 from tbik_jax import synthetic, synthetic_tokenizer
-from tbik_jax.cli import app, generate
+from tbik_jax.cli import app, generate, options
 from tbik_jax.cli.terminal import Terminal
 from tests.cli.conftest import SMALL
 
@@ -106,6 +107,12 @@ def test_a_mistake_is_one_line_and_exit_status_2(run, line, message, tmp_path):
     assert result.exit_code == 2 and result.stdout == ""
     lines = [row for row in result.stderr.splitlines() if row.startswith("error: ")]
     assert len(lines) == 1 and message in lines[0] and "Traceback" not in result.stderr
+
+
+def test_without_a_gpu_a_note_says_so(run, monkeypatch):
+    assert "no GPU is used" not in run("generate synthetic").stderr
+    monkeypatch.setattr(options.jax, "config", SimpleNamespace(jax_num_cpu_devices=-1))
+    assert "no GPU is used: this runs on the CPU" in run("generate synthetic").stderr
 
 
 def test_debug_shows_the_traceback(run):
