@@ -167,7 +167,7 @@ class _Task:
         kernels = {}
         if not self._args.dry:
             for name, run in self._runs.items():
-                kernels[name] = _kernels(lambda run=run: self._last(run), self._counted, ms[name])
+                kernels[name] = kernels_of(lambda run=run: self._last(run), self._counted, ms[name])
         return {
             "ms": ms,
             "ratio": _ratio(ms),
@@ -277,7 +277,9 @@ def _seconds(function: Callable[[], Any]) -> float:
     return time.perf_counter() - began
 
 
-def _kernels(function: Callable[[], Any], steps: int, step_ms: float) -> dict[str, Any]:
+def kernels_of(
+    function: Callable[[], Any], steps: int, step_ms: float, shown: int = _SHOWN
+) -> dict[str, Any]:
     """Microseconds of a step by kernel, the largest first, from a call of `function`, which takes several."""
     clock = device_time.Cupti()
     clock.start()
@@ -295,8 +297,8 @@ def _kernels(function: Callable[[], Any], steps: int, step_ms: float) -> dict[st
         "launches": round(len(recorded) / steps, 1),
         "busy_us": round(busy, 1),
         "idle_us": round(1000 * step_ms - busy, 1),
-        "us_and_launches": {name: [round(us, 1), round(n, 2)] for name, (us, n) in largest[:_SHOWN]},
-        "others_us": round(sum(us for _, (us, _) in largest[_SHOWN:]), 1),
+        "us_and_launches": {name: [round(us, 1), round(n, 2)] for name, (us, n) in largest[:shown]},
+        "others_us": round(sum(us for _, (us, _) in largest[shown:]), 1),
     }
 
 

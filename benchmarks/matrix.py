@@ -110,7 +110,9 @@ def _sizes(args: argparse.Namespace, model: str) -> list[Sizes]:
     wanted = [
         sizes
         for sizes in MESHES
-        if math.prod(sizes) <= args.devices and (model not in TP_ONLY or sizes[:2] == (1, 1))
+        if math.prod(sizes) <= args.devices
+        and (model not in TP_ONLY or sizes[:2] == (1, 1))
+        and mesh_jobs.named(sizes, args.meshes)
     ]
     return sorted(wanted, key=math.prod, reverse=True)
 
@@ -254,6 +256,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--limit", type=float, default=480, help="seconds after which what still runs is ended"
     )
+    parser.add_argument("--meshes", nargs="+", help="data,fsdp,tp of the meshes to use; all by default")
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     parser.add_argument("--mesh", nargs=3, type=int, help="of a worker: data, fsdp and tp")
     parser.add_argument("--result", type=Path, help="of a worker: where it saves outputs")

@@ -104,6 +104,11 @@ def assign(sizes: Sequence[int], devices: int) -> list[list[int]]:
     return places
 
 
+def named(sizes: Sequence[int], names: Sequence[str] | None) -> bool:
+    """Whether a mesh of these sizes is among `names` such as "1,2,1"; without names every mesh is."""
+    return not names or ",".join(map(str, sizes)) in names
+
+
 @contextlib.contextmanager
 def wait_for_devices() -> Iterator[None]:
     """Inside, this job has its devices for itself."""

@@ -48,23 +48,29 @@ def main(argv: list[str]) -> int:
             row = task.step(step)
             data["rows"].append(row)
             print(json.dumps(row), flush=True)
-    timed = [row for row in data["rows"] if row["step"] > 0]
-    data["median_s"] = {
-        name: {
-            phase: round(statistics.median(row[phase] for row in timed if row["numerics"] == name), 4)
-            for phase in (*PHASES, "step_s")
-        }
-        for name in args.numerics
-    }
-    if {"invariant", "plain"} <= set(args.numerics):
-        median = data["median_s"]
-        data["time_against_plain"] = {
-            phase: round(median["invariant"][phase] / median["plain"][phase], 4) for phase in median["plain"]
-        }
-    if args.out is not None:
-        args.out.write_text(dump(data))
+            data |= _medians(data["rows"])
+            if args.out is not None:  # at every step: a run that is ended from outside keeps what it has
+                args.out.write_text(dump(data))
     print(json.dumps({key: data.get(key) for key in ("median_s", "time_against_plain")}))
     return int(any(row["different"] for row in data["rows"] if row["numerics"] == "invariant"))
+
+
+def _medians(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Median seconds of each phase, of the steps that compile nothing, and invariant's over plain's."""
+    timed: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["step"] > 0:
+            timed.setdefault(row["numerics"], []).append(row)
+    phases = *PHASES, "step_s"
+    median = {
+        name: {phase: round(statistics.median(row[phase] for row in mine), 4) for phase in phases}
+        for name, mine in timed.items()
+    }
+    found: dict[str, Any] = {"median_s": median}
+    if {"invariant", "plain"} <= set(median):
+        ratios = {phase: round(median["invariant"][phase] / median["plain"][phase], 4) for phase in phases}
+        found["time_against_plain"] = ratios
+    return found
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:

@@ -8,7 +8,7 @@ drop-in ops for other people's models, with the usual signatures and gradients (
 from . import versions as versions  # first: it refuses another JAX before anything fails in JAX's own words
 
 # isort: split
-from . import models, ops, optimizers, pallas_kernels, rl, training
+from . import bisect, models, ops, optimizers, pallas_kernels, rl, training
 from .checkpoint import RestoredCheckpoint, checkpoint_steps, restore_checkpoint, save_checkpoint
 from .collectives import tree_all_gather, tree_psum, tree_psum_scatter
 from .export import export_hugging_face
@@ -45,6 +45,7 @@ __all__ = [
     "SamplingParams",
     "TrainingModel",
     "TreeDotGeneral",
+    "bisect",
     "checkpoint_steps",
     "dot_general",
     "dot_product_attention",

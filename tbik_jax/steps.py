@@ -237,6 +237,24 @@ class Steps:
             self._hidden_states, (caches, rows, rows, tables), (rows, P(BATCH_AXES, None, TP))
         )
 
+    def tapped_score(self, tap: Callable[[Numerics], Any]) -> Program:
+        """`score`, which returns what its ops gave too, for `tbik_jax.bisect`.
+
+        Args:
+            tap: makes, of the numerics, numerics that keep what they give; `tapped()` of it then is a pytree of
+                arrays [1, B, T, ...], and gets a leading dimension of tp in the result.
+        """
+
+        def body(*args: Any) -> Any:
+            numerics = tap(self._parallel.numerics)
+            out = self._score(*args, parallel=dataclasses.replace(self._parallel, numerics=numerics))
+            return *out, numerics.tapped()
+
+        caches = cache_spec(self.config, stacked=self.scan_layers)
+        rows: Any = P(BATCH_AXES)
+        in_specs = (caches, rows, rows, rows, P(), (P(), P()))
+        return self._jit(body, in_specs, (caches, rows, rows, P(TP, BATCH_AXES)), donate=(1,))
+
     def _jit(
         self, body: Callable[..., Any], in_specs: Any, out_specs: Any, donate: tuple[int, ...] = ()
     ) -> Program:
@@ -255,11 +273,13 @@ class Steps:
         """Shapes of a cache for `batch` rows (all ranks together) of `capacity` positions; `init_cache` makes it."""
         return cache_shapes(self.config, batch, capacity, self._dtype, self.mesh, stacked=self.scan_layers)
 
-    def _model(self, parameters: list[jax.Array]) -> tuple[Qwen3, Callable[..., tuple[jax.Array, Cache]]]:
+    def _model(
+        self, parameters: list[jax.Array], parallel: Parallel | None = None
+    ) -> tuple[Qwen3, Callable[..., tuple[jax.Array, Cache]]]:
         """The module, and its forward pass."""
         model = nnx.merge(self._graphdef, jax.tree.unflatten(self._treedef, parameters))
         stacked = model.stacked_layers() if self.scan_layers else None
-        return model, functools.partial(model, parallel=self._parallel, stacked=stacked)
+        return model, functools.partial(model, parallel=parallel or self._parallel, stacked=stacked)
 
     def _prefill(
         self,
@@ -324,9 +344,12 @@ class Steps:
         lengths: jax.Array,
         start: jax.Array,
         tables: Any,
+        *,
+        parallel: Parallel | None = None,
     ) -> tuple[Cache, jax.Array, jax.Array]:
         """Log-probabilities float32 [B, T] of targets [B, T], and whether their logits were finite (bool [B, T])."""
-        (model, forward), parallel = self._model(parameters), self._parallel
+        parallel = parallel or self._parallel
+        model, forward = self._model(parameters, parallel)
         batch = _batch(tokens, start + jnp.arange(tokens.shape[1]), lengths, tables)
         hidden, cache = forward(batch, cache)
         logits = model.logits(hidden, parallel)

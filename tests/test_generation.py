@@ -1,6 +1,7 @@
 """The main promise: one prompt, the same bits on every mesh, in every batch, with every chunking and sampling."""
 
 import dataclasses
+import os
 import subprocess
 import sys
 
@@ -234,7 +235,10 @@ def _fingerprint_in_a_fresh_process(numerics):
         f"                        max_new_tokens=NEW, sampling=SAMPLING, numerics='{numerics}')\n"
         "print(tbik_jax.fingerprint([out.tokens, out.logprobs]))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    compiles_itself = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=compiles_itself, capture_output=True, text=True, check=True
+    )
     return done.stdout.split()[-1]
 
 

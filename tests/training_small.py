@@ -34,8 +34,19 @@ def next_token_loss(model: tbik_jax.TrainingModel, batch: Any) -> tuple[jax.Arra
 
 def optimizer(model: Any, mesh: Mesh) -> nnx.Optimizer:
     """AdamW in fp32 with fp32 master weights, behind clipping that takes effect."""
+    return nnx.Optimizer(model, _transformation(mesh), wrt=nnx.Param)
+
+
+# One of each for a mesh, so that its runs share a compiled step.
+@functools.cache
+def _transformation(mesh: Mesh) -> optax.GradientTransformation:
     tx = optax.chain(clip_by_global_norm(0.5, mesh=mesh), optax.adamw(3e-3))
-    return nnx.Optimizer(model, mixed_precision(tx, master=True), wrt=nnx.Param)
+    return mixed_precision(tx, master=True)
+
+
+@functools.cache
+def _step(mesh: Mesh, numerics: str, options: tuple[tuple[str, Any], ...]) -> Any:
+    return train_step(next_token_loss, mesh=mesh, numerics=numerics, **dict(options))
 
 
 class Training:
@@ -44,7 +55,7 @@ class Training:
     def __init__(self, mesh: Mesh, numerics: str = "invariant", **options: Any):
         self.model = shard_model(small_model(), mesh)
         self.optimizer = optimizer(self.model, mesh)
-        self._step = train_step(next_token_loss, mesh=mesh, numerics=numerics, **options)
+        self._step = _step(mesh, numerics, tuple(options.items()))
 
     def steps(self, first: int, last: int) -> list[np.ndarray]:
         """The losses of steps first .. last - 1."""
@@ -62,5 +73,5 @@ def twenty_steps(
     numerics: str = "invariant", remat: bool = True, **sizes: int
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Losses and final state of 20 steps on a mesh."""
-    run = Training(tbik_jax.make_mesh(**sizes), numerics, remat=remat)
+    run = Training(tbik_jax.make_mesh(**sizes), numerics, **({} if remat else {"remat": False}))
     return run.steps(0, 20), run.state()

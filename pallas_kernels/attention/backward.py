@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from ..common.backend import require_hopper, resolve_backend
 from ..common.gradient import inference_only
-from .api import check_attention, pad_cache
+from .api import attention_backend, check_attention, pad_cache
 from .backward_reference import attention_backward_reference
 from .plan import AttentionPlan
 from .reference import attention_with_lse_reference
@@ -32,7 +32,7 @@ def attention_with_lse(
         positions: int32 [B, T], as `attention` takes them.
         scale: multiplies the scores; H**-0.5 by default.
         plan: block and split sizes; the default of `AttentionPlan`.
-        backend: "reference", which None takes, or "mosaic_gpu".
+        backend: "reference" or "mosaic_gpu"; None chooses as `attention` does.
 
     Returns:
         The output, [B, T, N, H] in q's dtype, and float32 [B, T, N]: maximum + log(total) of the online softmax.
@@ -78,7 +78,8 @@ def attention_backward(
         lse: float32 [B, T, N], what it returned beside.
         dout: like q, the gradient of `out`.
         scale: what multiplied the scores; H**-0.5 by default.
-        backend: "reference", which None takes, or "mosaic_gpu" (Hopper; bfloat16 and float16, H 64 or 128).
+        backend: "reference" or "mosaic_gpu" (Hopper; bfloat16 and float16, H 64 or 128); None chooses as `attention`
+            does.
 
     Returns:
         The gradients of q, k and v, each in its shape and dtype, rounded once.
@@ -99,8 +100,10 @@ def attention_backward(
 
 
 def _resolve(op: str, backend: str | None, q: jax.Array, k: jax.Array) -> str:
-    # The Hopper kernels run only where they are named, until their bits have been compared on a GPU.
-    backend = "reference" if backend is None else resolve_backend(backend, q.dtype)
+    if backend is None:
+        chosen = resolve_backend(None, q.dtype)
+        return attention_backend(chosen, head_dim=q.shape[3], group=q.shape[2] // k.shape[2])
+    backend = resolve_backend(backend, q.dtype)
     if backend == "triton":
         raise ValueError(f"{op} has no backend 'triton'; use 'reference', or None to choose")
     if backend == "mosaic_gpu":

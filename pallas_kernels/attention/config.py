@@ -85,15 +85,12 @@ class AttentionConfig:
 def columns_compared(shape: AttentionShape, dtype: Any, plan: AttentionPlan) -> bool:
     """Whether the bits of "columns" have been compared with the other variants' on a GPU for such calls.
 
-    `benchmarks/results/decode_variants_h200.json` has bfloat16, head_dim 128, 4 heads a KV head, one query a row,
-    caches of whole blocks and the default plan, with 8 KV heads. Fewer, as tp cuts them, are fewer of the same CTAs:
-    what one does depends on its batch row and KV head alone. `tests/gpu/test_attention_bits.py` and
-    `benchmarks/check_attention.py` force it for others (1, 2 and 8 heads a KV head, several queries, head_dim 64,
-    float16, caches that end within a block); when these have passed on a GPU, this may grow.
+    `benchmarks/results/decode_variants_h200.json` and `check_attention_bits_h200.json` have bfloat16 and float16,
+    head_dim 64 and 128, 1 to 8 rows (queries times heads a KV head), caches that end within a block, and the default
+    plan. What a CTA does depends on its batch row and KV head alone, so their number does not matter.
     """
-    heads = shape.group == 4 and shape.h == 128 and shape.kv_heads <= 8
-    keys = plan == AttentionPlan() and shape.s % plan.block == 0
-    return heads and keys and shape.t == 1 and jnp.dtype(dtype) == jnp.bfloat16
+    rows = shape.t * shape.group <= COLUMNS and shape.h in (64, 128)
+    return rows and plan == AttentionPlan() and jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
 
 
 def choose_config(shape: AttentionShape, dtype: Any, plan: AttentionPlan) -> AttentionConfig:
@@ -124,7 +121,7 @@ def _choose_columns(heads: int, splits: int, cluster: int, h: int) -> AttentionC
             resident = _SMS if stages == _STAGES_ALONE else 2 * _SMS
             if heads * parts <= resident and _pays(splits, cluster, parts, h):
                 return columns(parts=parts, second_launch=True, stages=stages, value_stages=stages)
-    if cluster == 2 and 2 * heads <= _RESIDENT_CLUSTERS[2]:
+    if h == 128 and cluster == 2 and 2 * heads <= _RESIDENT_CLUSTERS[2]:
         return columns(parts=2, value_parts=2, stages=_STAGES_HALVES, value_stages=_STAGES_HALVES)
     stages = _STAGES_ALONE if heads * cluster <= _SMS else _STAGES_SHARED
     return columns(parts=cluster, stages=stages, value_stages=stages)

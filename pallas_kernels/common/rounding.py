@@ -63,9 +63,10 @@ def div(a: jax.Array, b: jax.Array | np.float32) -> jax.Array:
     """The fp32 quotient of `a` and `b`, which broadcasts to a's shape, rounded once.
 
     XLA turns a division by a broadcast value into a product with its reciprocal, which rounds twice; the barrier hides
-    the broadcast.
+    the broadcast. The select between b and b makes `jax.vmap` of `a` alone broadcast b before the barrier, too, and not
+    behind it.
     """
-    return a / lax.optimization_barrier(jnp.broadcast_to(b, a.shape))
+    return a / lax.optimization_barrier(jnp.where(a == a, b, b))
 
 
 def round_to(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:

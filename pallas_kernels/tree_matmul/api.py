@@ -18,6 +18,7 @@ def tree_matmul(
     *,
     out_dtype: jax.typing.DTypeLike | None = None,
     transpose_rhs: bool = False,
+    transpose_lhs: bool = False,
     backend: str | None = None,
 ) -> jax.Array:
     """Matrix product in tree order: the bits of a row depend on that row, on `w` and on `leaves`, and on nothing else.
@@ -27,15 +28,17 @@ def tree_matmul(
     and calls this with `leaves // t` and `out_dtype=jnp.float32` has a complete subtree; `tree_psum` adds the rest.
 
     Args:
-        x: [..., K], bfloat16, float16 or float32.
+        x: [..., K], bfloat16, float16 or float32; [K, M] with `transpose_lhs`.
         w: [K, N] of the same dtype; [N, K] with `transpose_rhs`. N is a multiple of 16 but on `reference`.
         leaves: 1, 2, 4 or 8; K must be a multiple of 16 * leaves.
         out_dtype: of the result; the operands' dtype by default.
         transpose_rhs: `w` is stored [N, K].
+        transpose_lhs: `x` is stored [K, M], as in the gradient of weights, which contracts over tokens. The bits are
+            those of the [M, K] one.
         backend: "reference", "mosaic_gpu" (Hopper) or "triton" (Ampere, Ada, Hopper); None chooses by device.
 
     Returns:
-        [..., N] in `out_dtype`.
+        [..., N] in `out_dtype`; [M, N] with `transpose_lhs`.
 
     Raises:
         ValueError: shapes, dtypes or `leaves` that the contract does not cover, or a backend that cannot run here.
@@ -44,16 +47,29 @@ def tree_matmul(
     """
     x, w = jnp.asarray(x), jnp.asarray(w)
     out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
-    _check(x, w, leaves, out_dtype, transpose_rhs)
+    if transpose_lhs and x.ndim != 2:
+        raise ValueError(f"with transpose_lhs tree_matmul takes x [K, M], not shape {x.shape}")
     backend = resolve_backend(backend, x.dtype)
-    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    stored_km = transpose_lhs and backend == "mosaic_gpu"  # the others have it transposed in memory
+    if transpose_lhs and not stored_km:
+        x = x.T
+    shape = x.shape[::-1] if stored_km else x.shape
+    _check(shape, x.dtype, w, leaves, out_dtype, transpose_rhs)
+    rows = x if stored_km else x.reshape(math.prod(shape[:-1]), shape[-1])
     n = w.shape[0] if transpose_rhs else w.shape[1]
-    if rows.shape[0] == 0:
-        return jnp.zeros((*x.shape[:-1], n), out_dtype)
+    if rows.size == 0:
+        return jnp.zeros((*shape[:-1], n), out_dtype)
     if backend == "mosaic_gpu":
         from .mosaic_gpu import tree_matmul_mosaic_gpu  # imports the GPU lowering only where it is used
 
-        out = tree_matmul_mosaic_gpu(rows, w, leaves=leaves, out_dtype=out_dtype, transpose_rhs=transpose_rhs)
+        out = tree_matmul_mosaic_gpu(
+            rows,
+            w,
+            leaves=leaves,
+            out_dtype=out_dtype,
+            transpose_rhs=transpose_rhs,
+            transpose_lhs=stored_km,
+        )
     elif backend == "triton":
         require_triton()
         from .triton import tree_matmul_triton  # imports packages that are optional
@@ -61,21 +77,28 @@ def tree_matmul(
         out = tree_matmul_triton(rows, w, leaves=leaves, out_dtype=out_dtype, transpose_rhs=transpose_rhs)
     else:
         out = tree_matmul_reference(rows, w, leaves=leaves, out_dtype=out_dtype, transpose_rhs=transpose_rhs)
-    return inference_only(out.reshape(*x.shape[:-1], n), "tree_matmul")
+    return inference_only(out.reshape(*shape[:-1], n), "tree_matmul")
 
 
-def _check(x: jax.Array, w: jax.Array, leaves: int, out_dtype: jnp.dtype, transpose_rhs: bool) -> None:
+def _check(
+    shape: tuple[int, ...],
+    dtype: jnp.dtype,
+    w: jax.Array,
+    leaves: int,
+    out_dtype: jnp.dtype,
+    transpose_rhs: bool,
+) -> None:
     names = ("bfloat16", "float16", "float32")
-    if x.ndim < 1 or w.ndim != 2:
-        raise ValueError(f"tree_matmul takes x [..., K] and w [K, N], not shapes {x.shape} and {w.shape}")
-    if x.dtype != w.dtype or x.dtype.name not in names:
+    if len(shape) < 1 or w.ndim != 2:
+        raise ValueError(f"tree_matmul takes x [..., K] and w [K, N], not shapes {shape} and {w.shape}")
+    if dtype != w.dtype or dtype.name not in names:
         raise ValueError(
-            f"x is {x.dtype} and w is {w.dtype}; both must be one of {', '.join(names)}, and the same"
+            f"x is {dtype} and w is {w.dtype}; both must be one of {', '.join(names)}, and the same"
         )
     if out_dtype.name not in names:
         raise ValueError(f"out_dtype={out_dtype} is not supported; use one of {', '.join(names)}")
     k = w.shape[1] if transpose_rhs else w.shape[0]
-    if x.shape[-1] != k:
+    if shape[-1] != k:
         stored = "[N, K]" if transpose_rhs else "[K, N]"
-        raise ValueError(f"x has K={x.shape[-1]} and w {stored} has K={k} (shapes {x.shape} and {w.shape})")
+        raise ValueError(f"x has K={shape[-1]} and w {stored} has K={k} (shapes {shape} and {w.shape})")
     check_leaves(k, leaves)

@@ -19,6 +19,9 @@ SMEM_BYTES = 227 * 1024 - 1024  # of a Hopper CTA, less room for barriers
 RESIDENT_CLUSTERS = {1: 132, 2: 66, 4: 30, 8: 15}
 _BLOCK_BYTES = 128  # width of a staged block of the output: the widest swizzle
 _ALIGNMENT = 1024  # of every buffer in shared memory
+#: Rows from which an x [K, M] is read as it lies: of a tile whose consumers each have 64 columns of it.
+LEAST_ROWS_TRANSPOSED = 128
+_DEEPEST = 64  # k's of a box: as wide as the widest swizzle
 _MAX_STAGES = 32  # phases of a ring's barriers share one register
 
 
@@ -36,7 +39,7 @@ class MosaicConfig:
         tile_m: Rows of one consumer, a multiple of 64.
         tile_n: Columns of the tile, a multiple of 16.
         tile_k: Depth of one box that TMA copies: 64, 32 or 16.
-        boxes: Boxes in one stage; boxes * tile_k divides the leaf.
+        boxes: Boxes in one stage; boxes * tile_k divides the leaf, or else boxes is 1 and tile_k 64.
         stages: Stages in flight.
         group: Leaves that are added up in registers: 1, 2, 4 or 8. Two of them need as many accumulators, four need
             three, eight need four.
@@ -163,7 +166,15 @@ def tiles_evenly(n: int, width: int) -> bool:
 
 
 def check_config(
-    config: MosaicConfig, *, m: int, n: int, k: int, leaves: int, transpose_rhs: bool, itemsize: int
+    config: MosaicConfig,
+    *,
+    m: int,
+    n: int,
+    k: int,
+    leaves: int,
+    transpose_rhs: bool,
+    itemsize: int,
+    transpose_lhs: bool = False,
 ) -> None:
     """Says what is wrong with a configuration; `candidate_configs`' pass.
 
@@ -202,9 +213,16 @@ def check_config(
         raise ValueError(
             f"multicast={config.multicast} with split={config.split}; use 1 or 2, and a cluster of at most 8"
         )
-    if config.tile_k not in (16, 32, 64) or config.boxes < 1 or leaf % config.depth:
+    ragged = config.boxes == 1 and config.tile_k == _DEEPEST < leaf
+    if config.tile_k not in (16, 32, 64) or config.boxes < 1 or (leaf % config.depth and not ragged):
         raise ValueError(
-            f"{config.boxes} boxes of tile_k={config.tile_k} must be of 16, 32 or 64 and divide the leaf of {leaf}"
+            f"{config.boxes} boxes of tile_k={config.tile_k} must be of 16, 32 or 64 and divide the leaf of {leaf}, "
+            f"or be one of {_DEEPEST}"
+        )
+    if transpose_lhs and (config.tile_k != _DEEPEST or config.tile_m != 64 or m < config.rows):
+        raise ValueError(
+            f"x as [K, M] needs tile_k={_DEEPEST}, tile_m=64 and as many rows as a tile has, {config.rows}, not "
+            f"tile_k={config.tile_k}, tile_m={config.tile_m} and m={m}"
         )
     if config.tile_m % 64 or config.rows not in range(64, 257) or config.tile_n not in range(16, 257, 16):
         raise ValueError(
@@ -238,7 +256,14 @@ def check_config(
 
 
 def choose_config(
-    m: int, n: int, k: int, leaves: int, *, transpose_rhs: bool = False, device_kind: str | None = None
+    m: int,
+    n: int,
+    k: int,
+    leaves: int,
+    *,
+    transpose_rhs: bool = False,
+    transpose_lhs: bool = False,
+    device_kind: str | None = None,
 ) -> MosaicConfig:
     """The configuration for x [m, k] @ w: the one measured fastest, or the one estimated fastest.
 
@@ -248,6 +273,7 @@ def choose_config(
         k: Length of the contraction.
         leaves: Leaves that k is cut into.
         transpose_rhs: Whether w is [n, k].
+        transpose_lhs: Whether x is [k, m]. It was not tuned for: the table's choice runs where it can.
         device_kind: As JAX names it; the default device's by default.
     """
     if device_kind is None:
@@ -255,9 +281,10 @@ def choose_config(
     fields = tuned.lookup(device_kind, m, n, k, leaves, transpose_rhs)
     if fields is not None:
         config = MosaicConfig(**fields)
-        if fits(config, m, leaves):
+        possible = not transpose_lhs or (config.tile_k == _DEEPEST and config.rows <= m)
+        if possible and fits(config, m, leaves):
             return config
-    return candidate_configs(m, n, k, leaves, transpose_rhs=transpose_rhs)[0]
+    return candidate_configs(m, n, k, leaves, transpose_rhs=transpose_rhs, transpose_lhs=transpose_lhs)[0]
 
 
 def gate_config(config: MosaicConfig, m: int) -> MosaicConfig:
@@ -276,7 +303,7 @@ def fits(config: MosaicConfig, m: int, leaves: int) -> bool:
 
 @functools.cache
 def candidate_configs(
-    m: int, n: int, k: int, leaves: int, *, transpose_rhs: bool = False
+    m: int, n: int, k: int, leaves: int, *, transpose_rhs: bool = False, transpose_lhs: bool = False
 ) -> tuple[MosaicConfig, ...]:
     """The configurations worth trying for x [m, k] @ w, the best guess first.
 
@@ -289,14 +316,17 @@ def candidate_configs(
         k: Length of the contraction.
         leaves: Leaves that k is cut into.
         transpose_rhs: Whether w is [n, k].
+        transpose_lhs: Whether x is [k, m].
+
+    Raises:
+        ValueError: there is none, as for an x [k, m] of few rows or short leaves.
     """
     found = []
+    stored = {"transpose_rhs": transpose_rhs, "transpose_lhs": transpose_lhs}
     for config in _family(m, n, k, leaves, transpose_rhs):
         try:
             for itemsize in (2, 4):
-                check_config(
-                    config, m=m, n=n, k=k, leaves=leaves, transpose_rhs=transpose_rhs, itemsize=itemsize
-                )
+                check_config(config, m=m, n=n, k=k, leaves=leaves, itemsize=itemsize, **stored)
         except ValueError:
             continue
         found.append((_estimate(config, m, n, k, leaves, transpose_rhs), config))
@@ -310,7 +340,11 @@ def candidate_configs(
         ranked.append((guesses[kind], config.split > 1 and m > _SPLIT_ROWS, seconds, config))
     ranked.sort(key=lambda entry: entry[:3])
     configs = [entry[-1] for entry in ranked]
-    # The bits of a cut last round have not been compared on a GPU: it is for the tuner, which does that.
+    if not configs:
+        raise ValueError(
+            f"no tiling serves x [k={k}, m={m}] with n={n} and leaves={leaves}; give it as [m, k]"
+        )
+    # The estimate was fitted without a cut last round, which may cost more than it saves: it is for the tuner.
     first = next(i for i, config in enumerate(configs) if config.last_split == 1)
     configs.insert(0, configs.pop(first))
     if m >= 1024:
@@ -320,8 +354,24 @@ def candidate_configs(
 
 def _family(m: int, n: int, k: int, leaves: int, transpose_rhs: bool) -> Iterator[MosaicConfig]:
     """Every combination that may pay, those that do not fit included."""
-    leaf = k // leaves
+    for box in _boxes(k // leaves):
+        yield from _family_of(box, m, n, k, leaves, transpose_rhs)
+
+
+def reads_transposed(m: int, k: int, leaves: int) -> bool:
+    """Whether some tiling reads an x [k, m] as it lies."""
+    return m % 16 == 0 and m >= LEAST_ROWS_TRANSPOSED and _boxes(k // leaves)[0] == _DEEPEST
+
+
+def _boxes(leaf: int) -> list[int]:
+    """Depths of a box: the most that divides the leaf, and one that its last step does not fill."""
     box = next(t for t in (64, 32, 16) if leaf % t == 0)
+    return [box] if box == _DEEPEST or leaf < 2 * _DEEPEST else [_DEEPEST, box]
+
+
+def _family_of(box: int, m: int, n: int, k: int, leaves: int, transpose_rhs: bool) -> Iterator[MosaicConfig]:
+    """Those of `_family` with boxes of one depth."""
+    leaf = k // leaves
     for width, split in itertools.product(_widths(m, n, leaves, box, transpose_rhs), (1, 2, 4, 8)):
         part = leaves // split
         most_rows = {1: m, 2: 2 * _SPLIT_ROWS}.get(split, _SPLIT_ROWS)
@@ -329,6 +379,8 @@ def _family(m: int, n: int, k: int, leaves: int, transpose_rhs: bool) -> Iterato
         if split > leaves or m > most_rows or (split > 1 and width == 192):
             continue
         tile_k = box if transpose_rhs else next(t for t in (64, 32, 16) if t <= box and width % t == 0)
+        if leaf % box and tile_k < box:
+            continue
         depths = {tile_k, box} | ({d for d in (128, 256) if leaf % d == 0} if m <= 256 else set())
         for depth, group in itertools.product(sorted(depths), _groups(part, width, few=m <= 512)):
             config = MosaicConfig(

@@ -41,6 +41,7 @@ from .config import (
     check_config,
     choose_config,
     gate_config,
+    reads_transposed,
 )
 from .mosaic_problem import Problem, Ref, named_buffer, names_of, swizzle_of, tiling
 from .mosaic_sums import LINE, Exchange, Value, columns_of, homes_of
@@ -58,6 +59,7 @@ def tree_matmul_mosaic_gpu(
     leaves: int,
     out_dtype: jax.typing.DTypeLike,
     transpose_rhs: bool = False,
+    transpose_lhs: bool = False,
     gated: bool = False,
     config: MosaicConfig | None = None,
     interpret: bool = False,
@@ -65,11 +67,13 @@ def tree_matmul_mosaic_gpu(
     """Multiplies x and w in tree order on a Hopper GPU.
 
     Args:
-        x: [M, K], bfloat16 or float16, any M >= 1.
+        x: [M, K], bfloat16 or float16, any M >= 1; [K, M] with `transpose_lhs`.
         w: [K, N], or [N, K] with `transpose_rhs`, of x's type; N a multiple of 16.
         leaves: 1, 2, 4 or 8 equal slices of K, each a multiple of 16 long.
         out_dtype: bfloat16, float16 or float32; the total is rounded to it once.
         transpose_rhs: Whether w is [N, K]. It is read as it lies, not transposed in memory.
+        transpose_lhs: Whether x is [K, M]. It is read as it lies, too, but for few rows or short leaves
+            (`reads_transposed`), where it is transposed in memory first.
         gated: Whether the product is F columns of gates and then F of values, and the result their SwiGLU, [M, F]: each
             of both rounded to `out_dtype`, then as `swiglu` has it. With one leaf and w [N, K].
         config: The tiling; `choose_config`'s by default.
@@ -82,16 +86,21 @@ def tree_matmul_mosaic_gpu(
     Raises:
         ValueError: If a shape, a type, `leaves`, `config` or the device is not covered.
     """
-    m, n, k = check_operands(x, w, leaves, jnp.dtype(out_dtype), transpose_rhs)
+    rows: jax.Array | jax.ShapeDtypeStruct = x
+    if transpose_lhs:
+        rows = jax.ShapeDtypeStruct(x.shape[::-1], x.dtype)
+    m, n, k = check_operands(rows, w, leaves, jnp.dtype(out_dtype), transpose_rhs)
+    if transpose_lhs and not reads_transposed(m, k, leaves):
+        x, transpose_lhs = x.T, False
     if gated and (n % 32 or jnp.dtype(out_dtype) != x.dtype):
         raise ValueError(
             f"the gated product of {x.dtype} has {n // 2} columns in {jnp.dtype(out_dtype)}; "
             f"it needs a multiple of 16 columns and out_dtype={x.dtype}"
         )
-    config = config or choose_config(m, n, k, leaves, transpose_rhs=transpose_rhs)
+    stored: dict[str, Any] = {"transpose_rhs": transpose_rhs, "transpose_lhs": transpose_lhs}
+    config = config or choose_config(m, n, k, leaves, **stored)
     config = gate_config(config, m) if gated else config
-    itemsize = jnp.dtype(out_dtype).itemsize
-    check_config(config, m=m, n=n, k=k, leaves=leaves, transpose_rhs=transpose_rhs, itemsize=itemsize)
+    check_config(config, m=m, n=n, k=k, leaves=leaves, itemsize=jnp.dtype(out_dtype).itemsize, **stored)
     problem = Problem(
         m=m,
         n=n,
@@ -100,6 +109,7 @@ def tree_matmul_mosaic_gpu(
         dtype=x.dtype,
         out_dtype=jnp.dtype(out_dtype),
         transpose_rhs=transpose_rhs,
+        transpose_lhs=transpose_lhs,
         config=config,
         resident=_interpreted_clusters(config) if interpret else _resident_clusters(config.cluster),
         interpret=interpret,
@@ -128,7 +138,9 @@ def _run(x: jax.Array, w: jax.Array, problem: Problem) -> jax.Array:
     scratch: dict[str, Any] = {
         "x": named_buffer(*problem.x_ring.names()),
         "w": named_buffer(*problem.w_ring.names()),
-        "full": plgpu.Barrier(num_arrivals=(2 + config.gated) * config.boxes, num_barriers=config.stages),
+        "full": plgpu.Barrier(
+            num_arrivals=(1 + config.gated + problem.x_copies) * config.boxes, num_barriers=config.stages
+        ),
         "empty": arrive_in_pair(num_arrivals=config.consumers, num_barriers=config.stages),
     }
     saved: tuple[Any, ...] = ()
@@ -159,7 +171,8 @@ def _run(x: jax.Array, w: jax.Array, problem: Problem) -> jax.Array:
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
         interpret=plgpu.InterpretGPUParams(inline_mgpu="ignore") if problem.interpret else None,
     )
-    return kernel(x, w)[0]
+    x = problem.with_leaves(x, axis=0 if problem.transpose_lhs else 1)
+    return kernel(x, problem.with_leaves(w, axis=1 if problem.transpose_rhs else 0))[0]
 
 
 def _kernel(
@@ -198,7 +211,7 @@ def _produce(problem: Problem, x_gmem: Ref, w_gmem: Ref, smem: types.SimpleNames
     def wait_until_empty(slot: jax.Array) -> None:
         plgpu.barrier_wait(smem.empty.at[slot])
 
-    def stream(copy: Callable[[jax.Array, int, jax.Array, jax.Array, jax.Array], None]) -> None:
+    def stream(copy: Callable[[jax.Array, int, tuple[Any, ...], jax.Array, jax.Array], None]) -> None:
         def run(
             first_step: jax.Array, steps: jax.Array, row: jax.Array, column: jax.Array, count: jax.Array
         ) -> jax.Array:
@@ -206,7 +219,7 @@ def _produce(problem: Problem, x_gmem: Ref, w_gmem: Ref, smem: types.SimpleNames
                 slot = lax.rem(count, stages)
                 pl.when(count >= stages)(lambda: wait_until_empty(slot))
                 for box in range(config.boxes):
-                    copy(slot, box, (first_step + i) * config.depth + box * config.tile_k, row, column)
+                    copy(slot, box, problem.depths(first_step + i, box), row, column)
                 return count + 1
 
             return lax.fori_loop(0, steps, step, count)
@@ -221,24 +234,28 @@ def _produce(problem: Problem, x_gmem: Ref, w_gmem: Ref, smem: types.SimpleNames
             jnp.maximum(count - stages, 0), count, lambda i, _: wait_until_empty(lax.rem(i, stages)), None
         )
 
-    def copy_x(slot: jax.Array, box: int, k: jax.Array, row: jax.Array, column: jax.Array) -> None:
-        src = x_gmem.at[pl.ds(row, problem.x_rows), pl.ds(k, config.tile_k)]
-        dst = names_of(smem.x, len(problem.x_ring.names()))[-1].at[
-            pl.ds(problem.x_start(slot, box), problem.x_rows)
-        ]
+    def copy_x(slot: jax.Array, box: int, ks: tuple[Any, ...], row: jax.Array, column: jax.Array) -> None:
+        ring = names_of(smem.x, len(problem.x_ring.names()))[-1]
+        if problem.transpose_lhs:
+            for wg in range(config.consumers):
+                src = x_gmem.at[*ks, pl.ds(row + wg * config.tile_m, config.tile_m)]
+                plgpu.copy_gmem_to_smem(src, ring.at[slot, box, wg], smem.full.at[slot])
+            return
+        src = x_gmem.at[pl.ds(row, problem.x_rows), *ks]
+        dst = ring.at[pl.ds(problem.x_start(slot, box), problem.x_rows)]
         plgpu.copy_gmem_to_smem(src, dst, smem.full.at[slot])
 
-    def copy_w(slot: jax.Array, box: int, k: jax.Array, row: jax.Array, column: jax.Array) -> None:
-        ks, columns = pl.ds(k, config.tile_k), pl.ds(column, config.half)
+    def copy_w(slot: jax.Array, box: int, ks: tuple[Any, ...], row: jax.Array, column: jax.Array) -> None:
+        columns = pl.ds(column, config.half)
         dst = names_of(smem.w, len(problem.w_ring.names()))[-1].at[slot, box]
         axes = "pair" if config.multicast > 1 else None
         copy = functools.partial(plgpu.copy_gmem_to_smem, barrier=smem.full.at[slot], collective_axes=axes)
         if config.gated:  # gates, and then the values beside them
-            copy(w_gmem.at[columns, ks], dst.at[pl.ds(0, config.half)])
+            copy(w_gmem.at[columns, *ks], dst.at[pl.ds(0, config.half)])
             values = pl.ds(problem.columns + column, config.half)
-            copy(w_gmem.at[values, ks], dst.at[pl.ds(config.half, config.half)])
+            copy(w_gmem.at[values, *ks], dst.at[pl.ds(config.half, config.half)])
         else:
-            copy(w_gmem.at[columns, ks] if problem.transpose_rhs else w_gmem.at[ks, columns], dst)
+            copy(w_gmem.at[columns, *ks] if problem.transpose_rhs else w_gmem.at[*ks, columns], dst)
 
     @plgpu.warp_map
     def _(warp: jax.Array) -> None:

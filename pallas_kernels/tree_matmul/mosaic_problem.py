@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -28,6 +29,7 @@ class Problem:
     config: MosaicConfig
     resident: int
     interpret: bool
+    transpose_lhs: bool = False
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -69,8 +71,36 @@ class Problem:
         return self.leaves // self.config.split
 
     @property
+    def leaf(self) -> int:
+        return self.k // self.leaves
+
+    @property
     def leaf_steps(self) -> int:
-        return self.k // self.leaves // self.config.depth
+        return pl.cdiv(self.leaf, self.config.depth)
+
+    @property
+    def ragged(self) -> bool:
+        """Whether a leaf's last step has less than the others.
+
+        Then leaves are a dimension of their own of x and w, and TMA fills up with zeros what lies behind a leaf: they
+        change no sum, since an accumulator that begins with +0.0 is never -0.0.
+        """
+        return self.leaf % self.config.depth > 0
+
+    def with_leaves(self, x: jax.Array, axis: int) -> jax.Array:
+        """An operand as the kernel takes it, K its dimension `axis`."""
+        if not self.ragged:
+            return x
+        return x.reshape(*x.shape[:axis], self.leaves, self.leaf, *x.shape[axis + 1 :])
+
+    def depths(self, step: jax.Array, box: int) -> tuple[Any, ...]:
+        """The indices along K, as `with_leaves` has it, of a box of a step of the whole contraction."""
+        config = self.config
+        if not self.ragged:
+            return (pl.ds(step * config.depth + box * config.tile_k, config.tile_k),)
+        steps = jnp.int32(self.leaf_steps)
+        start = lax.rem(step, steps) * config.depth + box * config.tile_k
+        return lax.div(step, steps), pl.ds(start, config.tile_k)
 
     @property
     def part_steps(self) -> int:
@@ -110,11 +140,21 @@ class Problem:
         The tensor cores read as many rows as the tile has. Where x has fewer, they read into the boxes behind, whatever
         is there: a row of the product depends on its own row of x alone, and these rows are never stored.
         """
-        rows = self.config.stages * self.config.boxes * self.x_rows + self.config.rows - self.x_rows
-        return self._ring(rows, self.config.tile_k)
+        config = self.config
+        if self.transpose_lhs:  # a consumer's columns of x beside those of the next
+            return self._ring(config.stages, config.boxes, config.consumers, config.tile_k, config.tile_m)
+        rows = config.stages * config.boxes * self.x_rows + config.rows - self.x_rows
+        return self._ring(rows, config.tile_k)
+
+    @property
+    def x_copies(self) -> int:
+        """Copies of x in a box."""
+        return self.config.consumers if self.transpose_lhs else 1
 
     def x_window(self, ref: Ref, slot: jax.Array, box: int, wg: jax.Array) -> Ref:
         """A consumer's rows in a box of `x_ring`."""
+        if self.transpose_lhs:
+            return ref.at[slot, box, wg].transpose((1, 0))
         start = self.x_start(slot, box) + wg * self.config.tile_m
         return ref.at[pl.ds(start, self.config.tile_m)]
 
@@ -128,7 +168,8 @@ class Problem:
         return self._ring(self.config.stages, self.config.boxes, *ordered)
 
     def _ring(self, *shape: int) -> "Ring":
-        # wgmma takes one swizzle for both operands, so x's, as wide as tile_k, also rules a w contiguous along N.
+        # wgmma takes one swizzle for both operands, so x's, as wide as tile_k, also rules a w contiguous along N. An x
+        # that is contiguous along M is as wide as tile_m, and tile_k is the same.
         return Ring(shape, self.dtype, self.config.tile_k * self.dtype.itemsize, self.interpret)
 
     @property

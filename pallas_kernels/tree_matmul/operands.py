@@ -12,7 +12,7 @@ _FLOAT32 = jnp.dtype(jnp.float32)
 
 
 def check_operands(
-    x: jax.Array, w: jax.Array, leaves: int, out_dtype: Any, transpose_rhs: bool
+    x: jax.Array | jax.ShapeDtypeStruct, w: jax.Array, leaves: int, out_dtype: Any, transpose_rhs: bool
 ) -> tuple[int, int, int]:
     """Returns (m, n, k), or says what is not covered."""
     stored = "[N, K]" if transpose_rhs else "[K, N]"

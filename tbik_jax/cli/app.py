@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from . import bench, compare, export, generate, import_, verify
+from . import bench, bisect, compare, export, generate, import_, verify
 from .errors import USER_MISTAKE
 
 #: One line a command, in the order of `tbik-jax --help`: name, function, example.
@@ -16,6 +16,7 @@ _COMMANDS: tuple[tuple[str, Callable[..., Any], str], ...] = (
     ("compare", compare.compare, compare.EXAMPLE),
     ("verify", verify.verify, verify.EXAMPLE),
     ("bench", bench.bench, bench.EXAMPLE),
+    ("bisect", bisect.bisect, bisect.EXAMPLE),
     ("import", import_.import_, import_.EXAMPLE),
     ("export", export.export, export.EXAMPLE),
 )

@@ -103,9 +103,7 @@ class InvariantNumerics:
         return gated_matmul(x, w, backend=self._backend(x.dtype))
 
     def attention(self, q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> jax.Array:
-        group = q.shape[2] // k.shape[2]
-        backend = attention_backend(self._backend(q.dtype), head_dim=q.shape[3], group=group)
-        return attention(q, k, v, positions, backend=backend)
+        return attention(q, k, v, positions, backend=self.attention_backend(q, k))
 
     def add(self, x: jax.Array, y: jax.Array) -> jax.Array:
         return residual_add(x, y, backend=self._row_backend(x.dtype, add_refusal(x)))
@@ -138,6 +136,10 @@ class InvariantNumerics:
         smallest = logits.shape[-1] * lax.axis_size(TP) // LEAVES
         backend = float32_backend(self.backend, sampling_refusal(smallest))
         return draw_over_tp(logits, row_max, temperature, key, positions, backend=backend)
+
+    def attention_backend(self, q: jax.Array, k: jax.Array) -> str:
+        """The backend of attention of q [B, T, N, H] and k [B, S, K, H], which no mesh changes."""
+        return attention_backend(self._backend(q.dtype), head_dim=q.shape[3], group=q.shape[2] // k.shape[2])
 
     def _backend(self, dtype: jax.typing.DTypeLike) -> str:
         return "reference" if jnp.dtype(dtype) == jnp.float32 else self.backend

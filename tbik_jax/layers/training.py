@@ -100,8 +100,8 @@ class InvariantTraining(InvariantNumerics):
 
     def weight_gradient(self, dy: jax.Array, x: jax.Array) -> jax.Array:
         """dy^T x over this rank's tokens, fp32 [N, K], from dy [..., N] and x [..., K]: its token leaves, joined."""
-        rows = dy.reshape(-1, dy.shape[-1]).T
-        return self.matmul(rows, x.reshape(-1, x.shape[-1]), self.token_leaves, out_dtype=jnp.float32)
+        rows, tokens = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+        return self.matmul(rows, tokens, self.token_leaves, out_dtype=jnp.float32, transpose_lhs=True)
 
     def input_gradient(self, dy: jax.Array, w: jax.Array) -> jax.Array:
         """dy [..., N/tp] @ w [N/tp, K], joined over tp: eight leaves of N, whoever holds them."""
@@ -290,17 +290,13 @@ def _attention(
 def _attention_fwd(
     ops: InvariantTraining, q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array
 ) -> tuple[jax.Array, Any]:
-    out, lse = attention_with_lse(q, k, v, positions)
-    if ops.backend != "reference":
-        # That is the reference's. The kernel that `generate` and `score` take has other bits, and training must see
-        # theirs: else the probability of a token would differ between rollout and trainer.
-        out = ops.forward.attention(q, k, v, positions)
+    out, lse = attention_with_lse(q, k, v, positions, backend=ops.attention_backend(q, k))
     return out, (q, k, v, out, lse)
 
 
 def _attention_bwd(ops: InvariantTraining, saved: Any, dout: jax.Array) -> tuple[Any, ...]:
     q, k, v, out, lse = saved
-    return *attention_backward(q, k, v, out, lse, dout), None
+    return *attention_backward(q, k, v, out, lse, dout, backend=ops.attention_backend(q, k)), None
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)

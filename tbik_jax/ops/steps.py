@@ -40,24 +40,7 @@ scale.defvjp(lambda x, factor: (scale(x, factor), None), lambda factor, _, ct: (
 @jax.custom_vjp
 def div(a: jax.Array, b: jax.Array) -> jax.Array:
     """a / b of one shape, rounded once."""
-    return _quotient(a, b)
-
-
-@jax.custom_batching.custom_vmap
-def _quotient(a: jax.Array, b: jax.Array) -> jax.Array:
     return rounding.div(a, b)
-
-
-@_quotient.def_vmap
-def _batched_quotient(
-    size: int, is_batched: list[bool], a: jax.Array, b: jax.Array
-) -> tuple[jax.Array, bool]:
-    """`rounding.div` hides broadcasts from XLA, which would multiply by a reciprocal; those of `jax.vmap` too."""
-    a, b = (
-        x if batched else jnp.broadcast_to(x, (size, *x.shape))
-        for x, batched in zip((a, b), is_batched, strict=True)
-    )
-    return _quotient(a, b), True
 
 
 def _div_fwd(a: jax.Array, b: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:

@@ -3,12 +3,11 @@
 A jaxpr interpreter. It knows a list of primitives; whatever is not on it raises, so nothing keeps another order unseen.
 """
 
-import dataclasses
 import fnmatch
 import functools
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +15,10 @@ import numpy as np
 from jax import lax
 from jax.extend import core, source_info_util
 
-from ..collectives import tree_psum
-from ..ops.contraction import contract
 from ..pallas_kernels.tree_matmul.plan import LEAVES
-from .primitives import EXACT, HIDDEN, REPLACED, has_effects, has_floats, refusal
-
-Kind = Literal["replaced", "exact", "excluded", "uncovered"]
+from . import kernels, psums, windows
+from .primitives import EXACT, HIDDEN, KERNELS, REPLACED, SILENT, has_effects, has_floats, is_exact, refusal
+from .rules import Entry, Kind, Report, Rule
 
 #: Primitives that hold one jaxpr, which runs once.
 _CALLS = {
@@ -35,67 +32,17 @@ _CALLS = {
 }
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Rule:
-    """What `invariant` does with the contractions and reductions that match.
-
-    Attributes:
-        pattern: of `fnmatch`, anywhere in "name stack, primitive, file:line:column (function)".
-        leaves: of matching contractions, 1, 2, 4 or 8; None for 8.
-        exclude: leave matching primitives as they are, in JAX's order.
-    """
-
-    pattern: str
-    leaves: int | None = None
-    exclude: bool = False
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Entry:
-    """What becomes of one primitive of a function.
-
-    Attributes:
-        primitive: its name.
-        kind: "replaced" by a step of the contract, "exact" as it stands, "excluded" by a rule, or "uncovered".
-        source: file, line and function.
-        reason: why it is uncovered.
-    """
-
-    primitive: str
-    kind: Kind
-    source: str
-    reason: str = ""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Report:
-    """What `invariant` would do.
-
-    Attributes:
-        entries: one a primitive of the function, in the order of its first use.
-        unused_rules: rules that match nothing.
-    """
-
-    entries: tuple[Entry, ...]
-    unused_rules: tuple[Rule, ...]
-
-    def of(self, kind: Kind) -> tuple[Entry, ...]:
-        """The entries of one kind."""
-        return tuple(e for e in self.entries if e.kind == kind)
-
-    def __str__(self) -> str:
-        lines = [f"{e.kind:9} {e.primitive:20} {e.source} {e.reason}".rstrip() for e in self.entries]
-        return "\n".join([*lines, *(f"unused rule {rule}" for rule in self.unused_rules)])
-
-
 def invariant(fn: Callable[..., Any], rules: Sequence[Rule] | None = None) -> Callable[..., Any]:
     """`fn` with its contractions and sums in the order of the contract (`docs/drop-in.md`).
 
-    Products of any dimensions, sums, `psum` and `psum_scatter` over named axes take the tree; exp, log, logistic,
-    powers, products and quotients are rounded by themselves, so that no fusion changes them. jit, scan, while, cond,
-    remat, custom_jvp, custom_vjp and shard_map (which then runs with `check_vma=False`) are walked through. A product
-    whose only use is a `psum` is one contraction over all ranks, in fp32, rounded once. It works under `jax.jit`, which
-    it should be under: otherwise every primitive is a call of its own.
+    Products of any dimensions, convolutions, sums, `psum` and `psum_scatter` over named axes take the tree; cumulative
+    sums, pooling and scatters whose indices meet have one stated order; exp, log, logistic, powers, products and
+    quotients are rounded by themselves, so that no fusion changes them. jit, scan, while, cond, remat, custom_jvp,
+    custom_vjp and shard_map (which then runs with `check_vma=False`) are walked through. A product or a sum whose only
+    use is a `psum` is one tree over all ranks, in fp32, rounded once. It works under `jax.jit`, which it should be
+    under: otherwise every primitive is a call of its own.
+
+    Kernels (Pallas, Triton, foreign functions) raise, unless a rule names them; this package's own stand as they are.
 
     Gradients: take `invariant(jax.grad(fn))`, which covers the backward pass. `jax.grad(invariant(fn))` raises
     `ValueError`: JAX would transpose broadcasts and gathers to sums in an order of its own.
@@ -168,15 +115,6 @@ def _raise(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.A
     raise ValueError("jax.grad(invariant(fn)) leaves sums to JAX; take invariant(jax.grad(fn)) instead")
 
 
-@dataclasses.dataclass(frozen=True)
-class _Pending:
-    """A product whose only use is a psum: it is made there."""
-
-    operands: tuple[Any, ...]
-    eqn: Any
-    leaves: int
-
-
 class _Walk:
     """One walk through a function's jaxpr."""
 
@@ -207,7 +145,7 @@ class _Walk:
             return _array(v.val, v.aval) if isinstance(v, core.Literal) else values[v]
 
         for eqn in jaxpr.eqns:
-            out = self.eqn(eqn, [read(v) for v in eqn.invars], _feeds_psum(jaxpr, eqn))
+            out = self.eqn(eqn, [read(v) for v in eqn.invars], psums.feeds(jaxpr, eqn))
             values.update(zip(eqn.outvars, out, strict=True))
         return [read(v) for v in jaxpr.outvars]
 
@@ -220,27 +158,64 @@ class _Walk:
         )
         if structured is not None:
             return structured(params, args)
+        if name in KERNELS:
+            return self._kernel(eqn, args)
+        if isinstance(args[0] if args else None, psums.Pending) and name not in psums.NAMES:
+            self._note(eqn, "exact" if name in EXACT else "replaced")
+            return [args[0].then(eqn)]
         rule = self._rule(eqn)
-        if name not in HIDDEN and not has_effects(eqn) and not has_floats(eqn):
+        ordered = name in ("scatter", "sort")  # of integers too: which of several comes last
+        if name not in HIDDEN and not has_effects(eqn) and not has_floats(eqn) and not ordered:
             return self._exact(eqn, args)
         if rule is not None and rule.exclude:
             self._note(eqn, "excluded")
-            return _bind(eqn, args)
-        if name in EXACT:
+            return _bind(eqn, [psums.made(x) for x in args])
+        if is_exact(eqn) or (name in SILENT and not eqn.outvars):
             return self._exact(eqn, args)
         reason = refusal(eqn)
         if reason is not None:
-            self._note(eqn, "uncovered", reason)
-            return _bind(eqn, args)
-        self._note(eqn, "replaced")
+            return self._uncovered(eqn, [psums.made(x) for x in args], reason)
         leaves = LEAVES if rule is None or rule.leaves is None else rule.leaves
-        if name == "dot_general":
-            pending = _Pending(tuple(args), eqn, leaves)
-            return [pending] if feeds_psum else [_product(pending, None)]
-        if name in ("psum", "psum_invariant"):
-            axes = params["axes"]
-            return [_product(x, axes) if isinstance(x, _Pending) else tree_psum(x, axes) for x in args]
-        return [REPLACED[name](eqn, *args)]
+        if name in psums.NAMES:
+            return self._psum(eqn, args)
+        self._note(eqn, "replaced")
+        if name in psums.MADE_THERE:
+            pending = psums.Pending(name, eqn, tuple(args), leaves)
+            return [pending if feeds_psum else pending.alone()]
+        if name == "conv_general_dilated":
+            return [windows.convolution(eqn, *args, leaves=leaves)]
+        out = REPLACED[name](eqn, *args)
+        return out if eqn.primitive.multiple_results else [out]
+
+    def _psum(self, eqn: Any, args: list[Any]) -> Sequence[Any]:
+        whole = all(isinstance(x, psums.Pending) and x.cuts(eqn.params["axes"]) for x in args)
+        try:
+            out = [psums.psum(x, eqn.params["axes"]) for x in args]
+        except ValueError as error:  # ranks or lengths that form no tree
+            return self._uncovered(eqn, [psums.made(x) for x in args], str(error), error)
+        self._note(eqn, "replaced", "" if whole else "other bits for another number of ranks")
+        return out
+
+    def _kernel(self, eqn: Any, args: list[Any]) -> Sequence[Any]:
+        """A kernel of this package, or one that a rule names, as it stands."""
+        name = kernels.name_of(eqn)
+        rule = next((r for r in self.rules if r.trust and fnmatch.fnmatchcase(name, r.pattern)), None)
+        if rule is not None:
+            self.used.add(rule)
+        if rule is None and not kernels.of_this_package(eqn):
+            reason = f"nobody can see into the kernel {name!r}; if you know that its bits do not depend on the batch, "
+            return self._uncovered(eqn, args, reason + f"name it: Rule(pattern={name!r}, trust=True)")
+        self._note(eqn, "trusted", name)
+        return _bind(eqn, args)
+
+    def _uncovered(
+        self, eqn: Any, args: list[Any], reason: str, cause: Exception | None = None
+    ) -> Sequence[Any]:
+        if self.raising:
+            remedy = "" if eqn.primitive.name in KERNELS else "; a Rule can exclude it"
+            raise ValueError(f"{eqn.primitive.name} at {self._source(eqn)}: {reason}{remedy}") from cause
+        self._note(eqn, "uncovered", reason)
+        return _bind(eqn, args)
 
     def _exact(self, eqn: Any, args: list[Any]) -> Sequence[Any]:
         self._note(eqn, "exact")
@@ -252,6 +227,13 @@ class _Walk:
 
     def _call(self, eqn: Any, args: list[Any]) -> list[Any]:
         inner = eqn.params[_CALLS[eqn.primitive.name]]
+        if (
+            eqn.primitive.name == "custom_vmap_call"
+            and kernels.of_this_package(eqn)
+            and kernels.within(inner)
+        ):
+            self._note(eqn, "trusted")  # with its rule for vmap, which the kernel itself has not
+            return list(_bind(eqn, args))
         self.callers.append(self._source(eqn))
         try:
             return self._inlined(eqn, inner, args)
@@ -303,7 +285,7 @@ class _Walk:
     def _rule(self, eqn: Any) -> Rule | None:
         text = f"{eqn.source_info.name_stack} {eqn.primitive.name} {self._source(eqn)}"
         for rule in self.rules:
-            if fnmatch.fnmatchcase(text, f"*{rule.pattern}*"):
+            if not rule.trust and fnmatch.fnmatchcase(text, f"*{rule.pattern}*"):
                 self.used.add(rule)
                 return rule
         return None
@@ -313,43 +295,15 @@ class _Walk:
         return source_info_util.summarize(eqn.source_info) or next(filter(None, reversed(self.callers)), "?")
 
     def _note(self, eqn: Any, kind: Kind, reason: str = "") -> None:
-        if kind == "uncovered" and self.raising:
-            raise ValueError(f"{eqn.primitive.name} at {self._source(eqn)}: {reason}; a Rule can exclude it")
         entry = Entry(primitive=eqn.primitive.name, kind=kind, source=self._source(eqn), reason=reason)
         self.entries.setdefault(id(eqn), entry)
 
 
 def _array(x: Any, aval: Any) -> Any:
     plain = not isinstance(x, jax.Array) or (jnp.result_type(x) == aval.dtype and x.weak_type)
-    return lax.convert_element_type(x, aval.dtype) if plain and not isinstance(x, _Pending) else x
+    return lax.convert_element_type(x, aval.dtype) if plain and not isinstance(x, psums.Pending) else x
 
 
 def _bind(eqn: Any, args: Sequence[Any]) -> Sequence[Any]:
     out = eqn.primitive.bind(*args, **eqn.params)
     return out if eqn.primitive.multiple_results else [out]
-
-
-def _feeds_psum(jaxpr: Any, eqn: Any) -> bool:
-    """Whether the only use of a product is a psum over named axes in the same jaxpr."""
-    if eqn.primitive.name != "dot_general":
-        return False
-    out = eqn.outvars[0]
-    uses = [e for e in jaxpr.eqns for v in e.invars if v is out]
-    named = len(uses) == 1 and uses[0].primitive.name in ("psum", "psum_invariant")
-    return named and all(isinstance(a, str) for a in uses[0].params["axes"]) and out not in jaxpr.outvars
-
-
-def _product(pending: _Pending, axes: tuple[str, ...] | None) -> jax.Array:
-    params = pending.eqn.params
-    dtype = pending.eqn.outvars[0].aval.dtype
-    lhs, rhs = pending.operands
-    return contract(
-        lhs,
-        rhs,
-        params["dimension_numbers"],
-        params["precision"],
-        dtype,
-        out_sharding=params["out_sharding"],
-        leaves=pending.leaves,
-        axis=axes,
-    )

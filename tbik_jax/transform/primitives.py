@@ -12,12 +12,14 @@ from ..collectives import tree_psum_scatter
 from ..ops import steps
 from ..pallas_kernels.common import rounding
 from ..pallas_kernels.common.dtypes import FLOATS
+from . import prefix, scatters, windows
 
 #: Copies, choices, comparisons, signs and integer steps: no rounding, in any order.
 EXACT = frozenset(
     [
         "abs",
         "all_gather",
+        "all_gather_invariant",
         "all_to_all",
         "and",
         "argmax",
@@ -27,7 +29,9 @@ EXACT = frozenset(
         "broadcast_in_dim",
         "ceil",
         "clamp",
+        "complex",
         "concatenate",
+        "conj",
         "copy",
         "copy_p",
         "cummax",
@@ -42,12 +46,15 @@ EXACT = frozenset(
         "gather",
         "ge",
         "gt",
+        "imag",
         "iota",
         "is_finite",
+        "layout_constraint",
         "le",
         "lt",
         "max",
         "min",
+        "name",
         "ne",
         "neg",
         "nextafter",
@@ -66,13 +73,17 @@ EXACT = frozenset(
         "random_split",
         "random_unwrap",
         "random_wrap",
+        "real",
         "reduce_and",
         "reduce_max",
         "reduce_min",
         "reduce_or",
         "reduce_precision",
+        "reduce_window_max",
+        "reduce_window_min",
         "reduce_xor",
         "reshape",
+        "reshard",
         "rev",
         "round",
         "select_n",
@@ -82,12 +93,15 @@ EXACT = frozenset(
         "shift_right_logical",
         "sign",
         "slice",
-        "sort",
         "split",
         "squeeze",
+        "stack",
         "stop_gradient",
         "threefry2x32",
+        "tile",
+        "top_k",
         "transpose",
+        "unstack",
         "xor",
     ]
 )
@@ -102,6 +116,7 @@ _ROUNDED = frozenset(
         "exp2",
         "expm1",
         "log1p",
+        "log2",
         "tanh",
         "erf",
         "erfc",
@@ -120,10 +135,32 @@ _ROUNDED = frozenset(
         "rem",
     ]
 )
-#: Computations that nobody can see into, whatever their dtypes.
-HIDDEN = frozenset(
-    ("pallas_call", "ffi_call", "custom_call", "pure_callback", "io_callback", "debug_callback")
+#: Kernels, which nobody can see into; `mpmd_map` is one of Mosaic GPU's.
+KERNELS = frozenset(
+    (
+        "pallas_call",
+        "mpmd_map",
+        "core_map",
+        "run_state",
+        "triton_kernel_call",
+        "ffi_call",
+        "custom_call",
+        "cudnn_fusion",
+    )
 )
+#: Other computations that nobody can see into, whatever their dtypes.
+HIDDEN = frozenset(
+    ("pure_callback", "io_callback", "debug_callback", "debug_print", "call_exported", "custom_partitioning")
+)
+#: Which of them have no results, as `jax.debug.print` has none, and so change no bit.
+SILENT = frozenset(("debug_callback", "debug_print"))
+#: Primitives without an order of the contract, and what to use in their place.
+_REMEDIES = {
+    "ragged_dot_general": "groups of rows have no order of the contract; use one dot_general a group, or a mask",
+    "reduce_window": "its function is not known; use lax.add, lax.max or lax.min with a constant initial value",
+    "reduce": "its function is not known; use jnp.sum, jnp.prod, jnp.max or jnp.min",
+    "fft": "its order is the library's; use a product with a DFT matrix",
+}
 
 
 def has_floats(eqn: Any) -> bool:
@@ -137,22 +174,30 @@ def has_effects(eqn: Any) -> bool:
     return any(type(effect).__name__ != "NamedAxisEffect" for effect in eqn.effects)
 
 
+def is_exact(eqn: Any) -> bool:
+    """Whether `eqn` is on the list; the magnitude and the sign of a complex number are none of it."""
+    rounds = eqn.primitive.name in ("abs", "sign") and jnp.iscomplexobj(eqn.invars[0].aval)
+    return eqn.primitive.name in EXACT and not rounds
+
+
 def refusal(eqn: Any) -> str | None:
     """Why no step of the contract takes the place of `eqn`, or None if one does."""
     name = eqn.primitive.name
     if name in HIDDEN or has_effects(eqn):
         return "it hides a computation, or has an effect"
-    if name not in REPLACED and name not in ("dot_general", "psum", "psum_invariant"):
-        return "it has no order of the contract"
+    if name not in REPLACED and name not in CONTRACTIONS and name not in ("psum", "psum_invariant"):
+        return _REMEDIES.get(name, "it has no order of the contract")
+    if name == "scatter" and eqn.params["update_jaxpr"] is not None:
+        return "it applies a function once for each index; use .set of the gathered results"
     kinds = {
         v.aval.dtype.name for v in (*eqn.invars, *eqn.outvars) if jnp.issubdtype(v.aval.dtype, jnp.inexact)
     }
-    if kinds - set(FLOATS):
+    if kinds - set(FLOATS) and name != "sort":
         return f"{', '.join(sorted(kinds - set(FLOATS)))} is not one of {', '.join(FLOATS)}"
     if eqn.params.get("axis_index_groups") is not None:
-        return "axis_index_groups has no tree"
-    if name.startswith("scatter") and not _one_place_each(eqn):
-        return "indices may meet, in no stated order; pass unique_indices=True if they do not"
+        return "axis_index_groups has no tree; use a mesh with an axis for each group"
+    if name in ("psum", "psum_invariant") and not all(isinstance(a, str) for a in eqn.params["axes"]):
+        return f"axes {eqn.params['axes']} are positions, not mesh axes; use jnp.sum, or name mesh axes"
     return None
 
 
@@ -208,11 +253,20 @@ def _scatter_psum(eqn: Any, x: jax.Array) -> jax.Array:
     return tree_psum_scatter(x, params["axis_name"], scatter_dimension=dim, tiled=params["tiled"])
 
 
-def _place(eqn: Any, *args: jax.Array) -> jax.Array:
-    return eqn.primitive.bind(*args, **eqn.params)
+def _scatter(eqn: Any, *args: jax.Array) -> jax.Array:
+    bound = _one_place_each(eqn)
+    return eqn.primitive.bind(*args, **eqn.params) if bound else scatters.scatter(eqn, *args)
 
 
-REPLACED: dict[str, Callable[..., jax.Array]] = {
+def _product(eqn: Any, x: jax.Array) -> jax.Array:
+    return rounding.round_to(prefix.product(x.astype(jnp.float32), eqn.params["axes"]), x.dtype)
+
+
+def _sort(eqn: Any, *args: jax.Array) -> list[jax.Array]:
+    return eqn.primitive.bind(*args, **{**eqn.params, "is_stable": True})  # else equal keys come in any order
+
+
+REPLACED: dict[str, Callable[..., Any]] = {
     **{name: _alone(_bound) for name in _ROUNDED},
     "mul": _alone(lambda eqn, a, b: rounding.mul(a, b)),
     "one_minus_square": _alone(lambda eqn, a: np.float32(1) - rounding.mul(a, a)),
@@ -226,7 +280,12 @@ REPLACED: dict[str, Callable[..., jax.Array]] = {
     "convert_element_type": _convert,
     "reduce_sum": _sum,
     "reduce_scatter": _scatter_psum,
-    "scatter": _place,
-    "scatter-add": _place,
-    "scatter_add": _place,
+    "reduce_prod": _product,
+    "reduce_window_sum": windows.window_sum,
+    "select_and_scatter_add": windows.select_and_scatter_add,
+    "sort": _sort,
+    **{name: prefix.cumulative for name in ("cumsum", "cumprod", "cumlogsumexp")},
+    **{name: _scatter for name in scatters.KINDS},
 }
+#: What takes leaves.
+CONTRACTIONS = ("dot_general", "conv_general_dilated")

@@ -18,7 +18,11 @@ from tbik_jax import SamplingParams, generate, make_mesh, synthetic, tree_matmul
 from tbik_jax.pallas_kernels import gated_matmul, swiglu_joint, tree_join
 from tbik_jax.pallas_kernels.common.backend import device_backend
 from tbik_jax.pallas_kernels.tree_matmul import mosaic_gpu
-from tbik_jax.pallas_kernels.tree_matmul.mosaic_gpu import MosaicConfig, tree_matmul_mosaic_gpu
+from tbik_jax.pallas_kernels.tree_matmul.mosaic_gpu import (
+    MosaicConfig,
+    candidate_configs,
+    tree_matmul_mosaic_gpu,
+)
 from tbik_jax.pallas_kernels.tree_matmul.triton import TritonConfig, choose_config, tree_matmul_triton
 from tests.helpers import assert_same_bits, cancelling, differing, normal, wide
 
@@ -133,6 +137,49 @@ def test_a_last_round_that_is_cut_over_clusters(hopper, make, m, n, k, leaves, c
             assert_same_bits(product(leaves=leaves, out_dtype=out_dtype, config=config), expected)
     # twin: half of the leaves are another order
     assert differing(product(leaves=leaves // 2, out_dtype=out_dtype, config=reference), expected) > 0
+
+
+#: Rows, columns, length of a leaf and leaves of a product whose boxes of 64 end behind their leaf.
+RAGGED = ((300, 272, 1008, 8), (4100, 2048, 144, 8), (17, 512, 976, 4), (520, 1024, 18992, 1))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("m", "n", "leaf", "leaves"), RAGGED)
+@pytest.mark.parametrize("make", [normal, wide])
+@pytest.mark.parametrize("transpose_rhs", [False, True])
+def test_boxes_that_end_behind_their_leaf(hopper, make, m, n, leaf, leaves, transpose_rhs):
+    rng = np.random.default_rng([11, m, n])
+    x = jnp.asarray(make(rng, (m, leaf * leaves), jnp.bfloat16))
+    w = jnp.asarray(normal(rng, (n, leaf * leaves), jnp.bfloat16))
+    product = functools.partial(
+        tree_matmul_mosaic_gpu, x, w if transpose_rhs else w.T, leaves=leaves, transpose_rhs=transpose_rhs
+    )
+    reference = MosaicConfig(consumers=1, tile_n=16, tile_k=16, stages=2)
+    expected = product(out_dtype=jnp.float32, config=reference)
+    configs = candidate_configs(m, n, leaf * leaves, leaves, transpose_rhs=transpose_rhs)
+    ragged = [config for config in configs if leaf % config.depth][:6]
+    assert ragged
+    for config in ragged:
+        for _ in range(3):  # a race need not show at once
+            assert_same_bits(product(out_dtype=jnp.float32, config=config), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("m", "n", "k", "leaves"),
+    [(4096, 2048, 2048, 8), (144, 272, 1152, 8), (2064, 512, 4096, 1), (528, 96, 1440, 2)],
+)
+@pytest.mark.parametrize("make", [normal, wide])
+def test_x_as_it_lies_transposed(hopper, make, m, n, k, leaves):
+    rng = np.random.default_rng([12, m, n])
+    x = jnp.asarray(make(rng, (m, k), jnp.bfloat16))
+    w = jnp.asarray(normal(rng, (k, n), jnp.bfloat16))
+    product = functools.partial(tree_matmul_mosaic_gpu, leaves=leaves, out_dtype=jnp.float32)
+    expected = product(x, w)
+    configs = candidate_configs(m, n, k, leaves, transpose_lhs=True)
+    for config in configs[:8]:
+        for _ in range(3):
+            assert_same_bits(product(x.T, w, transpose_lhs=True, config=config), expected)
 
 
 @pytest.mark.gpu

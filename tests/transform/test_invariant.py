@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax import lax
-from jax.experimental import pallas as pl
 from jax.sharding import Mesh, PartitionSpec
 
 import tbik_jax
@@ -21,17 +20,6 @@ F32 = np.float32
 
 def call(model: Any, x: jax.Array) -> jax.Array:
     return model(x)
-
-
-def test_flax_attention_gives_a_row_its_bits_in_every_batch() -> None:
-    """`nnx.MultiHeadAttention`, which nobody here wrote; plain, its rows differ."""
-    model = nnx.MultiHeadAttention(num_heads=4, in_features=64, decode=False, rngs=nnx.Rngs(0))
-    x = normal(np.random.default_rng(0), (9, 12, 64))
-    mine, plain = jax.jit(tbik_jax.invariant(call)), jax.jit(call)
-    whole = mine(model, x)
-    np.testing.assert_allclose(whole, plain(model, x), rtol=1e-4, atol=1e-5)
-    assert_same_bits(mine(model, x[2:3]), whole[2:3])
-    assert differing(plain(model, x[2:3]), plain(model, x)[2:3]) > 0
 
 
 def test_the_gradient_of_flax_layers_gives_a_row_its_bits_in_every_batch() -> None:
@@ -86,7 +74,7 @@ def test_control_flow_and_gradients_are_walked_through() -> None:
     rng = np.random.default_rng(2)
     x, w = normal(rng, (6, 32)), normal(rng, (3, 32, 32))
 
-    np.testing.assert_allclose(jax.jit(tbik_jax.invariant(loss))(x, w), loss(x, w), rtol=1e-5)
+    np.testing.assert_allclose(jax.jit(tbik_jax.invariant(loss))(x, w), jax.jit(loss)(x, w), rtol=1e-5)
 
     def without_while(x: jax.Array, w: jax.Array) -> jax.Array:
         c, sums = lax.scan(lambda c, w: (jax.checkpoint(lambda c: jax.nn.gelu(c @ w) / 3)(c), c.sum()), x, w)
@@ -94,12 +82,12 @@ def test_control_flow_and_gradients_are_walked_through() -> None:
 
     gradient = jax.grad(without_while, argnums=(0, 1))
     mine = jax.jit(tbik_jax.invariant(gradient))(x, w)
-    for a, b in zip(mine, gradient(x, w), strict=True):
+    for a, b in zip(mine, jax.jit(gradient)(x, w), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
     entries = tbik_jax.report(gradient, x, w)
     assert not entries.of("uncovered") and len(entries.of("replaced")) > 20
     with pytest.raises(ValueError, match=r"invariant\(jax.grad\(fn\)\)"):
-        jax.grad(tbik_jax.invariant(without_while))(x, w)
+        jax.eval_shape(jax.grad(tbik_jax.invariant(without_while)), x, w)
 
 
 @pytest.mark.parametrize("vma", [True, False])
@@ -128,20 +116,19 @@ def test_the_report_says_what_where_and_why() -> None:
     unused = Rule(pattern="no such layer")
 
     def fn(x: jax.Array) -> jax.Array:
-        return jnp.cumsum(jnp.maximum(x @ x.T, 0).sum(-1))
+        return lax.fft(jnp.maximum(x @ x.T, 0).sum(-1), "RFFT", (4,)).real
 
     found = tbik_jax.report(fn, x, rules=[unused])
-    assert [e.primitive for e in found.of("uncovered")] == ["cumsum"]
+    assert [e.primitive for e in found.of("uncovered")] == ["fft"]
     assert {e.primitive for e in found.of("replaced")} == {"dot_general", "reduce_sum"}
     assert {e.primitive for e in found.of("exact")} >= {"transpose", "max"}
     assert all("test_invariant.py" in e.source for e in found.entries)
-    assert found.unused_rules == (unused,) and "unused rule" in str(found) and "cumsum" in str(found)
-    with pytest.raises(ValueError, match=r"cumsum at .*test_invariant.py"):
+    assert found.unused_rules == (unused,) and "unused rule" in str(found) and "fft" in str(found)
+    with pytest.raises(ValueError, match=r"fft at .*test_invariant.py"):
         tbik_jax.invariant(fn)(np.ones((4, 32), F32))
-    left = Rule(pattern="cumsum", exclude=True)
-    assert [e.primitive for e in tbik_jax.report(fn, x, rules=[left]).of("excluded")] == ["cumsum"]
-    out = tbik_jax.invariant(fn, [left])(np.ones((4, 32), F32))
-    assert_same_bits(out, np.asarray([128, 256, 384, 512], F32))
+    left = Rule(pattern="fft", exclude=True)
+    assert [e.primitive for e in tbik_jax.report(fn, x, rules=[left]).of("excluded")] == ["fft"]
+    assert_same_bits(tbik_jax.invariant(fn, [left])(np.ones((4, 32), F32)), np.asarray([512, 0, 0], F32))
     with pytest.warns(UserWarning, match="no such layer"):
         tbik_jax.invariant(lambda x: x + x, [unused])(np.ones(3, F32))
 
@@ -154,21 +141,25 @@ def test_a_bfloat16_rounding_is_kept() -> None:
     assert differing(rounded(x), x * F32(3)) > 0
 
 
-def kernel(x_ref: Any, o_ref: Any) -> None:
-    o_ref[...] = x_ref[...] + x_ref[...]
-
-
 @pytest.mark.parametrize(
     ("fn", "message"),
     [
-        (lambda x: jnp.cumsum(x), "cumsum"),
-        (lambda x: jnp.prod(x), "reduce_prod"),
-        (lambda x: jnp.zeros(3).at[jnp.asarray([0, 0])].add(x[:2]), "unique_indices"),
+        (lambda x: jnp.linalg.cholesky(jnp.outer(x, x)), "cholesky"),
+        (lambda x: lax.ragged_dot(x[None], x[None, :, None], jnp.ones(1, int)), "one dot_general a group"),
+        (lambda x: x.at[jnp.asarray([0, 0])].apply(jnp.exp), "applies a function"),
         (lambda x: x.astype(jnp.complex64) * 2, "complex64"),
-        (lambda x: pl.pallas_call(kernel, out_shape=x, interpret=True)(x), "pallas_call"),
+        (lambda x: jnp.abs(lax.complex(x, x)), "abs at"),
         (lambda x: jax.pure_callback(np.sin, jax.ShapeDtypeStruct(x.shape, x.dtype), x), "pure_callback"),
     ],
 )
 def test_what_is_not_covered_raises(fn: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tbik_jax.invariant(fn)(jnp.ones(4))
+
+
+@pytest.mark.parametrize("op", [tbik_jax.matmul, tbik_jax.layer_norm])
+def test_the_ops_are_what_they_become(op: Any) -> None:
+    """A function that has the ops already keeps their bits."""
+    rng = np.random.default_rng(6)
+    args = mixed(rng, (6, 64)), normal(rng, (64, 16) if op is tbik_jax.matmul else (64,))
+    assert_same_bits(jax.jit(tbik_jax.invariant(op))(*args), op(*args))

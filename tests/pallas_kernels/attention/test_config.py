@@ -87,14 +87,9 @@ def test_every_configuration_of_columns_was_compared_on_a_gpu():
 @pytest.mark.parametrize(
     "change",
     [
-        {"dtype": F16},
-        {"h": 64},
-        {"group": 1},
-        {"group": 2},
-        {"group": 8},
-        {"t": 2},
-        {"kv_heads": 16},
-        {"s": 4104},
+        {"t": 3},
+        {"group": 9},
+        {"group": 3, "t": 3},
         {"plan": AttentionPlan(blocks_per_split=2)},
     ],
 )
@@ -114,6 +109,13 @@ def test_what_was_not_compared_keeps_the_other_variants(change):
 @pytest.mark.parametrize("kv_heads", [8, 4, 2, 1])
 def test_ranks_with_fewer_kv_heads_take_columns_too(kv_heads):
     assert choice(8, 1, 4096, kv_heads=kv_heads).variant == "columns"
+
+
+@pytest.mark.parametrize(("group", "t"), [(1, 1), (1, 8), (2, 1), (2, 4), (3, 2), (8, 1)])
+@pytest.mark.parametrize(("h", "dtype"), [(64, BF16), (128, F16)])
+def test_up_to_eight_rows_take_columns(group, t, h, dtype):
+    call = AttentionShape(b=4, t=t, s=4104, kv_heads=8, group=group, h=h)
+    assert choose_config(call, dtype, PLAN).variant == "columns"
 
 
 # --- all calls ----------------------------------------------------------------------------------------------
@@ -146,7 +148,7 @@ def test_a_chosen_variant_fits_the_call(dtype):
             assert kibibytes * min(2, ctas_an_sm) <= 208, (call, config)
         seen.add((config.variant, config.second_launch))
     expected = {("tiles", False), ("split", False), ("split", True)}
-    assert seen == expected | ({("columns", False), ("columns", True)} if dtype == BF16 else set())
+    assert seen == expected | {("columns", False), ("columns", True)}
 
 
 def test_equal_calls_get_equal_variants():
@@ -158,22 +160,22 @@ def test_equal_calls_get_equal_variants():
 
 
 def test_few_queries_share_out_the_splits_and_many_do_not():
-    assert choice(1, 1, 4096, dtype=F16) == AttentionConfig(variant="split", parts=8, value_stages=3)
-    assert choice(1, 1, 1024, dtype=F16).parts == 2  # no more CTAs than splits
-    assert choice(8, 1, 4096, dtype=F16).parts == 2
-    assert choice(32, 1, 4096, dtype=F16).parts == 1
+    assert choice(1, 3, 4096) == AttentionConfig(variant="split", parts=8, value_stages=3)
+    assert choice(1, 3, 1024).parts == 2  # no more CTAs than splits
+    assert choice(8, 3, 4096).parts == 2
+    assert choice(32, 3, 4096).parts == 1
     assert choice(1, 16, 4096).variant == "split"
     assert choice(1, 17, 4096).variant == "tiles"
 
 
 def test_a_second_launch_fills_the_gpu_where_clusters_do_not():
     long = AttentionConfig(variant="split", parts=16, second_launch=True, value_stages=3)
-    assert choice(1, 1, 32768, dtype=F16) == long
-    assert choice(3, 1, 32768, dtype=F16).parts == 5
-    for dtype in (BF16, F16):
-        assert choice(1, 1, 32768, dtype=dtype).second_launch
-        assert not choice(1, 1, 8192, dtype=dtype).second_launch  # too little to gain
-        assert not choice(8, 1, 32768, dtype=dtype).second_launch
+    assert choice(1, 3, 32768) == long
+    assert choice(3, 3, 32768).parts == 5
+    for t in (1, 3):
+        assert choice(1, t, 32768).second_launch
+        assert not choice(1, t, 8192).second_launch  # too little to gain
+        assert not choice(8, t, 32768).second_launch
 
 
 def test_halves_of_the_values_go_where_splits_are_few_and_sms_idle():

@@ -256,6 +256,25 @@ def test_twin_an_ordinary_quotient_becomes_a_product() -> None:
         pytest.skip("XLA does not turn a division by a broadcast into a product on this machine")
 
 
+@pytest.mark.parametrize("axes", [(0, None), (1, 0), (None, 0)], ids=str)
+def test_vmap_changes_no_quotient(axes: tuple[Any, Any]) -> None:
+    """A divisor that `jax.vmap` leaves unbatched is broadcast too."""
+    a, b = normal(rng(), (64, 48)), np.abs(normal(rng(1), (48,))) + F32(0.1)
+    operands = {(0, None): (a, b), (1, 0): (a, b), (None, 0): (a[0], np.tile(b, (64, 1)))}[axes]
+    expected = {(0, None): a / b, (1, 0): (a / b).T, (None, 0): np.tile(a[0] / b, (64, 1))}[axes]
+    assert_same_bits(jax.jit(jax.vmap(div, axes))(*operands), expected)
+
+
+def test_twin_a_barrier_behind_the_broadcast_is_too_late() -> None:
+    a, b = normal(rng(), (64, 48)), np.abs(normal(rng(1), (48,))) + F32(0.1)
+
+    def late(a: jax.Array, b: jax.Array) -> jax.Array:
+        return a / jax.lax.optimization_barrier(jnp.broadcast_to(b, a.shape))
+
+    if not differing(jax.jit(jax.vmap(late, (0, None)))(a, b), a / b):
+        pytest.skip("XLA does not turn a division by a broadcast into a product on this machine")
+
+
 def test_reciprocal_sqrt_is_two_rounded_steps() -> None:
     x = np.exp(rng().uniform(-87, 88, 1 << 16)).astype(F32)
     assert_same_bits(jax.jit(reciprocal_sqrt)(x), F32(1) / np.sqrt(x))

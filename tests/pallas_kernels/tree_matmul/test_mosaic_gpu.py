@@ -474,3 +474,46 @@ def test_a_gated_product_that_is_not_covered(n, leaves, transpose_rhs, out_dtype
     config = small(tile_n=32, last_split=2 if "last_split" in message else 1)
     with pytest.raises(ValueError, match=message):
         interpreted(x, w, leaves, out_dtype, transpose_rhs=transpose_rhs, gated=True, config=config)
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "leaf", "leaves", "transpose_rhs", "consumers"),
+    [
+        (70, 48, 80, 2, True, 1),
+        (17, 128, 144, 4, False, 1),
+        (130, 64, 112, 1, True, 2),
+        (3, 64, 208, 8, False, 1),
+    ],
+)
+def test_the_last_box_of_a_leaf_may_be_partly_empty(m, n, leaf, leaves, transpose_rhs, consumers):
+    config = small(consumers=consumers, tile_k=64, tile_n=64, group=min(2, leaves), stages=3)
+    assert_in_order(config, m, n, leaf, leaves, transpose_rhs)
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "leaf", "leaves", "transpose_rhs", "consumers"),
+    [
+        (144, 48, 64, 2, True, 2),
+        (128, 64, 128, 4, False, 1),
+        (336, 128, 64, 8, False, 2),
+        (160, 64, 144, 2, False, 2),  # and the last box partly empty
+    ],
+)
+def test_x_as_it_lies_transposed(m, n, leaf, leaves, transpose_rhs, consumers):
+    config = small(consumers=consumers, tile_k=64, tile_n=64, group=min(2, leaves), stages=3)
+    x, w = operands_with_exact_leaves(m, n, leaf * leaves, leaves, BF16, transpose_rhs=transpose_rhs)
+    out = interpreted(x.T, w, leaves, transpose_rhs=transpose_rhs, transpose_lhs=True, config=config)
+    assert_same_bits(out, jnp.asarray(in_order(x, w.T if transpose_rhs else w, leaves)))
+
+
+@pytest.mark.parametrize(("m", "leaf"), [(100, 64), (128, 48), (120, 64)])
+def test_x_that_no_tiling_reads_transposed_is_transposed_first(m, leaf):
+    x, w = operands_with_exact_leaves(m, 32, 2 * leaf, 2, BF16)
+    out = interpreted(x.T, w, 2, transpose_lhs=True, config=small(tile_k=16))
+    assert_same_bits(out, jnp.asarray(in_order(x, w, 2)))
+
+
+def test_x_transposed_refuses_a_tiling_that_does_not_read_it():
+    x, w = operands_with_exact_leaves(128, 32, 128, 2, BF16)
+    with pytest.raises(ValueError, match="x as \\[K, M\\] needs tile_k=64"):
+        interpreted(x.T, w, 2, transpose_lhs=True, config=small(tile_k=32))
