@@ -73,7 +73,7 @@ def open_model(name: str, terminal: Terminal) -> Iterator[ModelFolder]:
     yield ModelFolder(name, path, config, config.eos_token_id)
 
 
-def load_tokenizer(model: ModelFolder, other: str | None, terminal: Terminal) -> Any:
+def load_tokenizer(model: ModelFolder, other: str | None = None, terminal: Terminal | None = None) -> Any:
     """The model's tokenizer, or that of another folder or hub id.
 
     Raises:
@@ -81,7 +81,7 @@ def load_tokenizer(model: ModelFolder, other: str | None, terminal: Terminal) ->
     """
     on_hub = model.name != "synthetic" and not Path(model.name).is_dir()
     source = other or (model.name if on_hub else str(model.path))
-    with terminal.working("loading the tokenizer"):
+    with (terminal or Terminal(as_json=False)).working("loading the tokenizer"):
         tokenizer = _load_tokenizer(source)
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(

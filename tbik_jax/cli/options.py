@@ -69,13 +69,14 @@ def parse_mesh(text: str) -> dict[str, int]:
     return sizes
 
 
-def mesh_of(text: str, terminal: Terminal) -> Mesh:
+def mesh_of(text: str, terminal: Terminal | None = None) -> Mesh:
     """The mesh of the first devices; JAX starts here, if it has not yet.
 
     Raises:
         ValueError: as `parse_mesh`, or there are too few devices; the message says what to do.
     """
     sizes = parse_mesh(text)
+    terminal = terminal or Terminal(as_json=False)
     with terminal.working("starting JAX"):
         on_cpu = jax.devices()[0].platform == "cpu"
     if on_cpu and jax.config.jax_num_cpu_devices < 1:  # nobody asked for CPU devices
