@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from . import synthetic, synthetic_tokenizer
+from .cli.prompts import EXAMPLES, read_prompts
 from .divergence import Output, Verdict, judge
 from .fingerprint import fingerprint
 from .generation import GenerateOutput, NumericsName, generate
@@ -32,16 +33,6 @@ _FOLDER = Path(".demo") / "qwen3-small"
 _MESHES: tuple[dict[str, int], ...] = ({"tp": 1}, {"tp": 2}, {"tp": 4}, {"tp": 8}, {"data": 3, "tp": 2})
 _BATCHES = (1, 3, 8)
 _NUMERICS: tuple[NumericsName, ...] = ("invariant", "plain")
-_PROMPTS = (
-    "The same prompt and weights, and yet",
-    "A tree of additions",
-    "Eight devices sat around a table and",
-    "Once upon a time",
-    "def reduce(values):",
-    "The rollout engine and the trainer disagree about",
-    "In the morning the river",
-    "1 + 1 =",
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,19 +102,6 @@ def _prepare(model: Path | None, console: Console) -> tuple[Path, Any]:
         return model, AutoTokenizer.from_pretrained(model, local_files_only=Path(model).is_dir())
     except (OSError, ValueError) as error:
         raise ValueError(f"no tokenizer can be loaded from {model}: {str(error).splitlines()[0]}") from None
-
-
-def _read_prompts(path: Path | None) -> list[str]:
-    if path is None:
-        return list(_PROMPTS)
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read as text: {error}") from None
-    prompts = [line for line in lines if line.strip()]
-    if not prompts:
-        raise ValueError(f"{path} holds no prompt; write one a line")
-    return prompts
 
 
 def _collect(
@@ -196,7 +174,7 @@ def main(
 def _demo(model_path: Path | None, prompts_path: Path | None, new_tokens: int, console: Console) -> int:
     if jax.config.jax_num_cpu_devices < 8:
         jax.config.update("jax_num_cpu_devices", 8)
-    texts = _read_prompts(prompts_path)
+    texts = list(EXAMPLES) if prompts_path is None else read_prompts(prompts_path)
     folder, tokenizer = _prepare(model_path, console)
     model = load(folder)
     eos = model.config.eos_token_id if model_path is not None else ()

@@ -245,13 +245,20 @@ def random_tensors(
 
 def _random_tensor(name: str, shape: tuple[int, ...], seed: int, scale: float) -> np.ndarray:
     if len(shape) == 1:
-        return np.float32(1) + _random_values(name, shape, seed, _NORM_STD)
+        return np.float32(1) + random_values(name, shape, seed, _NORM_STD)
     gain = _LOGIT_STD if name in ("model.embed_tokens.weight", "lm_head.weight") else scale
-    return _random_values(name, shape, seed, gain / math.sqrt(shape[1]))
+    return random_values(name, shape, seed, gain / math.sqrt(shape[1]))
 
 
-def _random_values(name: str, shape: tuple[int, ...], seed: int, std: float) -> np.ndarray:
-    """Returns float32 values of mean 0; exact integer sums, then one rounded product each."""
+def random_values(name: str, shape: tuple[int, ...], seed: int, std: float) -> np.ndarray:
+    """Returns float32 values of mean 0, close to normal; exact integer sums, then one rounded product each.
+
+    Args:
+        name: Another name gives other values.
+        shape: Of the array.
+        seed: Any non-negative integer.
+        std: Standard deviation.
+    """
     bits = np.random.PCG64(np.random.SeedSequence([seed, zlib.crc32(name.encode())]))
     values = np.empty(math.prod(shape), np.float32)
     for start in range(0, values.size, _BLOCK):

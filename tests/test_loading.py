@@ -17,7 +17,7 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, O
 from huggingface_hub.utils import hf_raise_for_status
 from jax.sharding import Mesh
 
-from tbik_jax import load, make_mesh, synthetic
+from tbik_jax import load, loading, make_mesh, memory, synthetic
 from tbik_jax.models import Qwen3, Qwen3Config
 from tbik_jax.models.qwen3.sharding import QWEN3_SHARDING
 from tests.checkpoints import (
@@ -309,12 +309,22 @@ def hub_error(status: int, code: str | None) -> Exception:
     ("error", "reason"),
     [
         (LocalEntryNotFoundError("Cannot find a snapshot.\nSet 'HF_HUB_OFFLINE=0'."), "HF_HUB_OFFLINE=0"),
-        (OfflineModeIsEnabled("Cannot reach the hub: offline mode is enabled."), "offline mode is enabled"),
+        (OfflineModeIsEnabled("Cannot reach the hub: offline mode is enabled."), "HF_HUB_OFFLINE is set"),
         (HFValidationError("Repo id must use alphanumeric chars"), "alphanumeric"),
-        (hub_error(404, "RepoNotFound"), "Repository Not Found"),
-        (hub_error(403, "GatedRepo"), "Cannot access gated repo"),
+        (
+            hub_error(404, "RepoNotFound"),
+            "knows no such model; check the name at https://huggingface.co/owner/name",
+        ),
+        (
+            hub_error(403, "GatedRepo"),
+            "gated; ask for access at https://huggingface.co/owner/name, then run: hf auth",
+        ),
         (hub_error(500, None), "500"),
-        (httpx.ProxyError("proxy refused"), "proxy refused"),
+        (
+            httpx.ProxyError("proxy refused"),
+            "the hub cannot be reached and it is not in the cache; check the network",
+        ),
+        (httpx.ConnectError("[Errno -2] Name or service not known"), "Name or service not known"),
         (httpx.ReadTimeout(""), "ReadTimeout"),
         (PermissionError(13, "Permission denied", "/cache"), "Permission denied"),
     ],
@@ -329,6 +339,17 @@ def test_a_hub_id_that_cannot_be_downloaded(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     assert_refused("owner/name", ["owner/name", "no folder here", "cannot be downloaded", reason])
+
+
+def test_a_model_that_the_devices_do_not_hold_is_refused_before_it_is_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 10_000)
+    monkeypatch.setattr(loading, "SafetensorsReader", lambda *_: pytest.fail("read"))
+    assert_refused(folder, ["the parameters need", "GiB free; cut them over more devices with tp or fsdp"])
+    monkeypatch.undo()
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 10_000_000)
+    load(folder)
 
 
 def test_a_hub_id_is_downloaded_and_loaded(

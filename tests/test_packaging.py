@@ -97,6 +97,9 @@ def test_wheel_installs_one_name(wheel: Path) -> None:
     info = next(top for top in tops if top.endswith(".dist-info"))
     assert tops == {"tbik_jax", info}
     assert f"{info}/licenses/LICENSE" in names
+    with zipfile.ZipFile(wheel) as archive:
+        scripts = archive.read(f"{info}/entry_points.txt").decode()
+    assert "tbik-jax = tbik_jax.cli:main" in scripts
 
 
 def test_wheel_holds_every_source_file(wheel: Path) -> None:

@@ -12,7 +12,7 @@ import jax
 def environment() -> dict[str, Any]:
     """Devices, driver and versions, for the head of a result file."""
     devices = jax.devices()
-    versions = {}
+    versions: dict[str, str | None] = {}
     for name in ("jax", "jaxlib", "flax", "numpy", "transformers"):
         try:
             versions[name] = importlib.metadata.version(name)

@@ -6,6 +6,7 @@ it answers within minutes whether a machine runs as the published figures say.
 
 import dataclasses
 import functools
+import operator
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -122,7 +123,7 @@ def measure(tables: Sequence[str], sizes: Sizes, mesh: Mesh | None = None) -> It
     for table in tables:
         if table not in TABLES:
             raise ValueError(f"there is no table {table!r}; use some of {', '.join(TABLES)}")
-    rows = {
+    rows: dict[str, Callable[[Sizes], Iterator[Row]]] = {
         "matmul": _matmul,
         "attention": _attention,
         "decode": functools.partial(_decode, mesh=mesh or make_mesh()),
@@ -157,7 +158,7 @@ def _matmul(sizes: Sizes) -> Iterator[Row]:
         ("down_proj", "row_parallel", f, d, (f, d)),
     )
     for (name, method, k, n, w), m in ((layer, m) for layer in layers for m in sizes.rows):
-        found = _time(lambda numerics, method=method: getattr(numerics, method), ((m, k), w))
+        found = _time(operator.attrgetter(method), ((m, k), w))
         yield Row(table="matmul", what=f"{name}, M={m}, K={k}, N={n}", **found)
 
 

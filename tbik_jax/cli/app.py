@@ -25,10 +25,11 @@ _COMMANDS: tuple[tuple[str, Callable[..., Any], str], ...] = (
 class OneLineErrors(TyperGroup):
     """A group whose usage errors are one line on stderr, and exit with 2."""
 
-    def main(self, args: Sequence[str] | None = None, *rest: Any, **options: Any) -> Any:
-        standalone = options.pop("standalone_mode", True)
+    def main(  # type: ignore[override]  # the others are passed by name
+        self, args: Sequence[str] | None = None, *, standalone_mode: bool = True, **options: Any
+    ) -> Any:
         try:
-            status = super().main(args, *rest, standalone_mode=False, **options)
+            status = super().main(args, standalone_mode=False, **options)
         except typer.Abort:
             status = 130
         except Exception as error:
@@ -39,7 +40,7 @@ class OneLineErrors(TyperGroup):
             message = error.format_message().rstrip(".")
             print(f"error: {message}; see {command} --help", file=sys.stderr)
             status = USER_MISTAKE
-        if not standalone:
+        if not standalone_mode:
             return status
         sys.exit(status if isinstance(status, int) else 0)
 

@@ -51,7 +51,7 @@ def bench(
     use_cpu_devices(cpu_devices)
     terminal = Terminal(as_json=as_json)
     chosen = tables or list(TABLES)
-    devices = mesh_of(mesh)
+    devices = mesh_of(mesh, terminal)
     on_gpu = jax.devices()[0].platform == "gpu"
     sizes = Sizes.for_gpu(size, layers) if on_gpu else Sizes.for_cpu()
     rows: list[Row] = []

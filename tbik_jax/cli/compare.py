@@ -36,8 +36,7 @@ from .prompts import EXAMPLES, read_prompts
 from .terminal import Terminal
 
 EXAMPLE = (
-    "tbik-jax compare synthetic --mesh tp=1 --mesh tp=4 --mesh data=3,tp=2 --batch 1 --batch 8 --cpu-devices 8 "
-    "--plot compare.png"
+    "tbik-jax compare synthetic --mesh tp=1 --mesh tp=2,data=3 --batch 3 --cpu-devices 8 --plot compare.png"
 )
 _MESHES: tuple[dict[str, int], ...] = ({"tp": 1}, {"tp": 2}, {"tp": 4}, {"tp": 8}, {"data": 3, "tp": 2})
 _PROMISED = {"invariant": "any mesh and batch", "batch_invariant": "any batch", "plain": "nothing"}
@@ -83,7 +82,9 @@ class Row:
 @command
 def compare(
     model: ModelArgument,
-    prompts: Annotated[list[str] | None, typer.Argument(help="Texts to continue; eight by default.")] = None,
+    prompts: Annotated[
+        list[str] | None, typer.Argument(metavar="PROMPTS", help="Texts to continue; eight by default.")
+    ] = None,
     prompts_file: Annotated[
         Path | None, typer.Option("--prompts", metavar="FILE", help="Text file, one prompt a line.")
     ] = None,
@@ -119,8 +120,10 @@ def compare(
         _check_plot(plot)
     sampling = SamplingParams(temperature=temperature, seed=seed)
     with open_model(model, terminal) as folder:
-        encoded = encode(load_tokenizer(folder, tokenizer), texts)
-        meshes = [mesh_of(text) for text in mesh] if mesh else _meshes_that_fit(folder.config, terminal)
+        encoded = encode(load_tokenizer(folder, tokenizer, terminal), texts)
+        meshes = (
+            [mesh_of(text, terminal) for text in mesh] if mesh else _meshes_that_fit(folder.config, terminal)
+        )
         sizes = batch or [n for n in (1, 3, 8) if n <= len(texts)]
         configurations = [Configuration(m, n) for m, n in itertools.product(meshes, sizes)]
         if len(configurations) < 2:
@@ -150,7 +153,7 @@ def compare(
         head
         | {
             "results": [_as_dict(row) for row in rows],
-            "fingerprint": fingerprint([each[0] for each in outputs[names[0]]]),
+            "fingerprint": _fingerprint(outputs.get("invariant")),
         }
     )
     return BROKEN_PROMISE if any(row.kept is False for row in rows) else 0
@@ -227,6 +230,11 @@ def _judge(name: str, outputs: Outputs, configurations: Sequence[Configuration])
         [[each[i] for i, tp in enumerate(of_tp) if tp == size] for each in outputs] for size in set(of_tp)
     ]
     return Row(name, verdict, all(judge(group).same_bits for group in groups))
+
+
+def _fingerprint(outputs: Outputs | None) -> str | None:
+    """Of what invariant numerics gave in the first configuration."""
+    return None if outputs is None else fingerprint([each[0] for each in outputs])
 
 
 def _as_dict(row: Row) -> dict[str, Any]:

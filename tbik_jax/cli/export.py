@@ -40,7 +40,7 @@ def export(
     """
     use_cpu_devices(cpu_devices)
     terminal = Terminal(as_json=as_json)
-    devices = mesh_of(mesh)
+    devices = mesh_of(mesh, terminal)
     if tokenizer is not None and not tokenizer.is_dir():
         raise ValueError(f"--tokenizer {tokenizer} is no folder")
     config, dtype = saved_model(checkpoints, step=step)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +30,7 @@ from .options import (
     mesh_of,
     use_cpu_devices,
 )
-from .prompts import read_conversations, read_prompts, render
+from .prompts import Conversation, read_conversations, read_prompts, render
 from .terminal import Terminal
 
 EXAMPLE = 'tbik-jax generate synthetic "Once upon a time" --mesh tp=2,data=1 --cpu-devices 8'
@@ -40,14 +41,14 @@ class _Request:
     """One text to write: the prompt as the user gave it, as the model reads it, and how to sample."""
 
     prompt: str
-    text: str
+    ids: list[int]
     sampling: SamplingParams
 
 
 @command
 def generate(
     model: ModelArgument,
-    prompts: Annotated[list[str] | None, typer.Argument(help="Texts to continue.")] = None,
+    prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPTS", help="Texts to continue.")] = None,
     prompts_file: Annotated[
         Path | None,
         typer.Option("--prompts", metavar="FILE", help="Text file, one prompt a line; - is stdin."),
@@ -79,54 +80,39 @@ def generate(
     """
     use_cpu_devices(cpu_devices)
     terminal = Terminal(as_json=as_json)
-    devices = mesh_of(mesh)
-    sampling = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    texts = [*(prompts or ()), *(read_prompts(prompts_file) if prompts_file else ())]
-    conversations = read_conversations(messages) if messages else []
-    if not texts and not conversations:
-        raise ValueError("no prompt; write one behind the model, or name a file with --prompts or --messages")
+    devices = mesh_of(mesh, terminal)
+    sampling = [
+        SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed + i)
+        for i in range(samples)
+    ]
+    texts, conversations = _read(prompts or [], prompts_file, messages, chat)
     with open_model(model, terminal) as folder:
-        words = load_tokenizer(folder, tokenizer)
-        shown = [*texts, *(conversation[-1]["content"] for conversation in conversations)]
-        if chat:
-            conversations = [[{"role": "user", "content": text}] for text in texts] + conversations
-            texts = []
-        rendered = render(words, conversations) if conversations else []
+        words = load_tokenizer(folder, tokenizer, terminal)
         requests = [
-            _Request(prompt, text, dataclasses.replace(sampling, seed=seed + i))
-            for prompt, text in zip(shown, [*texts, *rendered], strict=True)
-            for i in range(samples)
+            _Request(prompt, ids, each)
+            for prompt, ids in [*_plain(words, texts), *_chats(words, conversations)]
+            for each in sampling
         ]
-        plain, templated = (
-            encode(words, each, special_tokens=special)
-            for each, special in ((texts, True), (rendered, False))
-        )
-        ids = [row for row in [*plain, *templated] for _ in range(samples)]
         loaded = folder.load(devices, dtype, terminal)
-        eos = None if ignore_eos else folder.eos_id or None
-
-        def run(on_tokens: Callable[[int, np.ndarray, np.ndarray], None]) -> GenerateOutput:
-            return generate_tokens(
-                loaded,
-                ids,
-                mesh=devices,
-                max_new_tokens=max_new_tokens,
-                sampling=[request.sampling for request in requests],
-                eos_id=eos,
-                numerics=numerics,
-                on_tokens=on_tokens,
-            )
-
+        run = functools.partial(
+            generate_tokens,
+            loaded,
+            [request.ids for request in requests],
+            mesh=devices,
+            max_new_tokens=max_new_tokens,
+            sampling=[request.sampling for request in requests],
+            eos_id=None if ignore_eos else folder.eos_id or None,
+            numerics=numerics,
+        )
         began = time.monotonic()
         if len(requests) == 1 and not as_json:
             out = _stream(run, words, terminal)
         else:
             out = _all_at_once(run, requests, words, max_new_tokens, terminal)
     digest = fingerprint([out.tokens, out.logprobs])
-    count = sum(map(len, out.tokens))
     terminal.note(
-        f"{count} tokens in {time.monotonic() - began:.1f} s with compiling, {numerics}, {mesh_label(devices)} of "
-        f"{describe_devices()}, fingerprint {digest}"
+        f"{sum(map(len, out.tokens))} tokens in {time.monotonic() - began:.1f} s with compiling, {numerics}, "
+        f"{mesh_label(devices)} of {describe_devices()}, fingerprint {digest}"
     )
     terminal.emit(
         {
@@ -134,20 +120,49 @@ def generate(
             "numerics": numerics,
             "mesh": dict(devices.shape),
             "device": devices.devices.flat[0].device_kind,
-            "outputs": [
-                {
-                    "prompt": request.prompt,
-                    "seed": request.sampling.seed,
-                    "text": words.decode(tokens),
-                    "tokens": tokens.tolist(),
-                    "logprobs": logprobs.tolist(),
-                }
-                for request, tokens, logprobs in zip(requests, out.tokens, out.logprobs, strict=True)
-            ],
+            "outputs": _outputs(requests, out, words),
             "fingerprint": digest,
         }
     )
     return 0
+
+
+def _read(
+    prompts: list[str], prompts_file: Path | None, messages: Path | None, chat: bool
+) -> tuple[list[str], list[Conversation]]:
+    """Texts to continue, and conversations for the chat template."""
+    texts = [*prompts, *(read_prompts(prompts_file) if prompts_file else ())]
+    conversations = read_conversations(messages) if messages else []
+    if not texts and not conversations:
+        raise ValueError("no prompt; write one behind the model, or name a file with --prompts or --messages")
+    if chat:
+        return [], [[{"role": "user", "content": text}] for text in texts] + conversations
+    return texts, conversations
+
+
+def _plain(words: Any, texts: list[str]) -> list[tuple[str, list[int]]]:
+    return list(zip(texts, encode(words, texts), strict=True))
+
+
+def _chats(words: Any, conversations: list[Conversation]) -> list[tuple[str, list[int]]]:
+    """The last message of each, and the token ids of what the template makes of all of them."""
+    if not conversations:
+        return []
+    ids = encode(words, render(words, conversations), special_tokens=False)
+    return [(conversation[-1]["content"], row) for conversation, row in zip(conversations, ids, strict=True)]
+
+
+def _outputs(requests: list[_Request], out: GenerateOutput, words: Any) -> list[dict[str, Any]]:
+    return [
+        {
+            "prompt": request.prompt,
+            "seed": request.sampling.seed,
+            "text": words.decode(tokens),
+            "tokens": tokens.tolist(),
+            "logprobs": logprobs.tolist(),
+        }
+        for request, tokens, logprobs in zip(requests, out.tokens, out.logprobs, strict=True)
+    ]
 
 
 def _stream(run: Callable[..., GenerateOutput], words: Any, terminal: Terminal) -> GenerateOutput:
@@ -165,7 +180,7 @@ def _stream(run: Callable[..., GenerateOutput], words: Any, terminal: Terminal) 
             terminal.out.print(text[printed:], end="", markup=False)
             printed = max(printed, len(text))
 
-        out = run(on_tokens)
+        out = run(on_tokens=on_tokens)
     terminal.out.print(words.decode(told)[printed:], markup=False)
     return out
 
@@ -179,7 +194,7 @@ def _all_at_once(
 ) -> GenerateOutput:
     """Counts tokens while they are written, and prints prompts and texts in the end."""
     with terminal.working(f"generating {len(requests)} texts", len(requests) * max_new_tokens) as advance:
-        out = run(lambda _, tokens, __: advance(len(tokens)))
+        out = run(on_tokens=lambda _, tokens, __: advance(len(tokens)))
     for request, tokens in zip(requests, out.tokens, strict=True):
         terminal.show(request.prompt, style="bold", end="", markup=False)
         terminal.show(words.decode(tokens), markup=False)

@@ -53,7 +53,7 @@ def import_(
     """
     use_cpu_devices(cpu_devices)
     terminal = Terminal(as_json=as_json)
-    devices = mesh_of(mesh)
+    devices = mesh_of(mesh, terminal)
     with open_model(model, terminal) as source:
         _check_tokenizer(source.path, folder / TOKENIZER_FOLDER)
         loaded = source.load(devices, dtype, terminal)

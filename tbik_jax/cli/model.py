@@ -18,6 +18,8 @@ from .terminal import Terminal
 
 #: What the model "synthetic" is: small enough for a laptop, cut so that tp = 8 works.
 SYNTHETIC = {"num_hidden_layers": 2}
+#: One of them is in every tokenizer's folder.
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,33 +73,44 @@ def open_model(name: str, terminal: Terminal) -> Iterator[ModelFolder]:
     yield ModelFolder(name, path, config, config.eos_token_id)
 
 
-def load_tokenizer(model: ModelFolder, other: str | None = None) -> Any:
+def load_tokenizer(model: ModelFolder, other: str | None = None, terminal: Terminal | None = None) -> Any:
     """The model's tokenizer, or that of another folder or hub id.
 
     Raises:
         ValueError: there is none, or its vocabulary is larger than the model's.
     """
-    os.environ.setdefault(
-        "TRANSFORMERS_NO_ADVISORY_WARNINGS", "1"
-    )  # that there is no PyTorch, which nobody needs
-    from transformers import AutoTokenizer  # takes seconds to import
-
     on_hub = model.name != "synthetic" and not Path(model.name).is_dir()
     source = other or (model.name if on_hub else str(model.path))
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=Path(source).is_dir())
-    except (OSError, ValueError, KeyError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(". ")
-        raise ValueError(
-            f"no tokenizer can be loaded from {source}: {reason}; name one with --tokenizer, or copy tokenizer.json "
-            "and tokenizer_config.json there"
-        ) from None
+    with (terminal or Terminal(as_json=False)).working("loading the tokenizer"):
+        tokenizer = _load_tokenizer(source)
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(
             f"the tokenizer of {source} has {len(tokenizer)} tokens and the vocabulary of {model.name} "
             f"{model.config.vocab_size}: they do not belong together; name the model's own with --tokenizer"
         )
     return tokenizer
+
+
+def _load_tokenizer(source: str) -> Any:
+    os.environ.setdefault(
+        "TRANSFORMERS_NO_ADVISORY_WARNINGS", "1"
+    )  # that there is no PyTorch, which nobody needs
+    from transformers import AutoTokenizer  # takes seconds to import
+
+    local = Path(source).is_dir()
+    if local and not any((Path(source) / name).is_file() for name in _TOKENIZER_FILES):
+        # transformers would make an empty tokenizer from config.json alone, and say nothing
+        raise ValueError(
+            f"{source} holds no tokenizer ({' or '.join(_TOKENIZER_FILES)}); name one with --tokenizer, or copy its "
+            "files there"
+        )
+    try:
+        return AutoTokenizer.from_pretrained(source, local_files_only=local)
+    except (OSError, ValueError, KeyError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(". ")
+        raise ValueError(
+            f"no tokenizer can be loaded from {source}: {reason}; name another with --tokenizer"
+        ) from None
 
 
 def encode(tokenizer: Any, texts: Sequence[str], *, special_tokens: bool = True) -> list[list[int]]:

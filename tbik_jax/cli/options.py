@@ -7,6 +7,7 @@ import typer
 from jax.sharding import Mesh
 
 from ..mesh import AXES, make_mesh
+from .terminal import Terminal
 
 ModelArgument = Annotated[
     str,
@@ -68,13 +69,19 @@ def parse_mesh(text: str) -> dict[str, int]:
     return sizes
 
 
-def mesh_of(text: str) -> Mesh:
-    """The mesh of the first devices.
+def mesh_of(text: str, terminal: Terminal | None = None) -> Mesh:
+    """The mesh of the first devices; JAX starts here, if it has not yet.
 
     Raises:
         ValueError: as `parse_mesh`, or there are too few devices; the message says what to do.
     """
-    return make_mesh(**parse_mesh(text))
+    sizes = parse_mesh(text)
+    terminal = terminal or Terminal(as_json=False)
+    with terminal.working("starting JAX"):
+        on_cpu = jax.devices()[0].platform == "cpu"
+    if on_cpu and jax.config.jax_num_cpu_devices < 1:  # nobody asked for CPU devices
+        terminal.note("no GPU is used: this runs on the CPU, with references; `tbik-jax verify` says why")
+    return make_mesh(sizes.get("data", 1), sizes.get("fsdp", 1), sizes.get("tp", 1))
 
 
 def describe_devices() -> str:

@@ -17,6 +17,8 @@ EXAMPLES = (
     "In the morning the river",
     "1 + 1 =",
 )
+#: Messages with role and content.
+Conversation = list[dict[str, str]]
 _EXPECTED = '[{"role": "user", "content": "..."}], or a list of such lists'
 
 
@@ -33,7 +35,7 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-def read_conversations(path: Path) -> list[list[dict[str, str]]]:
+def read_conversations(path: Path) -> list[Conversation]:
     """Chat messages in a JSON file: one conversation, or a list of them.
 
     Raises:
@@ -50,7 +52,7 @@ def read_conversations(path: Path) -> list[list[dict[str, str]]]:
     return conversations
 
 
-def render(tokenizer: Any, conversations: Sequence[Sequence[dict[str, str]]]) -> list[str]:
+def render(tokenizer: Any, conversations: Sequence[Conversation]) -> list[str]:
     """Conversations as the model's chat template writes them, up to where the model answers.
 
     Raises:
@@ -63,8 +65,8 @@ def render(tokenizer: Any, conversations: Sequence[Sequence[dict[str, str]]]) ->
             tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
             for messages in conversations
         ]
-    except ImportError as error:
-        raise ValueError(f"chat templates need jinja2: {error}; run: pip install jinja2") from None
+    except ImportError:
+        raise ValueError("chat templates need jinja2; run: pip install jinja2") from None
     except Exception as error:  # a template raises what it likes
         raise ValueError(f"the chat template refuses the messages: {error}") from None
 

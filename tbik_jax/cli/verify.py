@@ -28,7 +28,8 @@ def verify(
     """
     use_cpu_devices(cpu_devices)
     terminal = Terminal(as_json=as_json)
-    facts = collect_facts()
+    with terminal.working("starting JAX"):
+        facts = collect_facts()
     found = problems(facts)
     _show_facts(facts, found, terminal)
     checks = [*op_checks(), *mesh_checks()]

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from ..fingerprint import fingerprint
+from ..synthetic import random_values
 from ..versions import installed
 
 _INTEGERS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
@@ -132,6 +133,12 @@ def differs(actual: Any, expected: Any, what: str) -> None:
     pairs = zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True)
     if not any((_bits(ours) != _bits(theirs)).any() for ours, theirs in pairs):
         raise Broken(f"{what}: has the same bits, so this check could not fail")
+
+
+def wide_values(shape: tuple[int, ...], seed: int) -> np.ndarray:
+    """Float32 values with a spread of 2**-12 .. 2**12 along the last axis: the same in every version of numpy."""
+    exponents = np.random.PCG64(seed).random_raw(shape[-1]) % np.uint64(25)
+    return np.ldexp(random_values("wide", shape, seed, 1.0), exponents.astype(np.int32) - 12)
 
 
 def _bits(x: Any) -> np.ndarray:

@@ -1,5 +1,6 @@
 """The collectives over the devices at hand, and a small model on every mesh of them."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -11,10 +12,11 @@ from jax.sharding import PartitionSpec as P
 
 from ..collectives import TRANSPORTS, Transport, tree_all_gather, tree_psum, tree_psum_scatter
 from ..generation import GenerateOutput, generate
-from ..mesh import TP_SIZES, make_mesh, mesh_label
+from ..mesh import TP_SIZES, make_mesh
 from ..models import Qwen3, Qwen3Config
 from ..sampling import SamplingParams
-from .checks import Check, differs, same
+from ..synthetic import random_values
+from .checks import Check, differs, same, wide_values
 
 _CONFIG = Qwen3Config(
     vocab_size=128,
@@ -30,8 +32,11 @@ _CONFIG = Qwen3Config(
     tie_word_embeddings=False,
 )
 #: On a GPU the model is wide enough for its kernels.
-_GPU_SIZES = {"hidden_size": 1024, "intermediate_size": 3072, "head_dim": 64, "vocab_size": 8192}
+_GPU_CONFIG = dataclasses.replace(
+    _CONFIG, hidden_size=1024, intermediate_size=3072, head_dim=64, vocab_size=8192
+)
 _PROMPTS = ([5, 6, 7, 8, 9, 10, 11], [100], [3, 1, 4, 1, 5])
+_CPU_PROMPTS = ([5], [100], [3])  # without prefill, which takes as long to compile as decoding
 _NEW_TOKENS = 8
 
 
@@ -52,10 +57,7 @@ def mesh_checks() -> list[Check]:
 
 def _collectives(ranks: int) -> Any:
     mesh = make_mesh(tp=ranks)
-    rng = np.random.default_rng(ranks)
-    parts = (rng.standard_normal((ranks, 64)) * np.exp2(rng.integers(-12, 13, (ranks, 64)))).astype(
-        np.float32
-    )
+    parts = wide_values((64, ranks), ranks).T.copy()  # the spread is over the ranks, which are added
     expected = _tree(list(parts))
 
     def over(body: Any, out: Any) -> Any:
@@ -90,13 +92,12 @@ def _tree(parts: list[np.ndarray]) -> np.ndarray:
 def _model(sizes: list[int]) -> Any:
     """Generates on one device, alone and in a batch, and on other meshes."""
     on_gpu = jax.devices()[0].platform == "gpu"
-    config = _CONFIG.__replace__(**_GPU_SIZES) if on_gpu else _CONFIG
-    model = Qwen3(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    config = _GPU_CONFIG if on_gpu else _CONFIG
+    model = _small_model(config)
     expected = _generate(model, range(3), {"tp": 1})
     for shape in _meshes(sizes):  # with data=3 each rank has one prompt, alone
         out = _generate(model, range(3), shape)
-        where = mesh_label(make_mesh(**shape))
-        same((out.tokens, out.logprobs), (expected.tokens, expected.logprobs), f"{where} against one device")
+        same((out.tokens, out.logprobs), (expected.tokens, expected.logprobs), f"{shape} against one device")
     if not sizes:
         alone = _generate(model, [2], {"tp": 1})
         same((alone.tokens, alone.logprobs), (expected.tokens[2:], expected.logprobs[2:]), "a prompt alone")
@@ -104,6 +105,21 @@ def _model(sizes: list[int]) -> Any:
     weight[...] = weight[...].at[0].multiply(1.25)
     differs(_generate(model, range(3), {"tp": 1}).logprobs, expected.logprobs, "another row of one weight")
     return expected.tokens, expected.logprobs
+
+
+def _small_model(config: Qwen3Config) -> Qwen3:
+    """Random parameters in bfloat16, made by numpy: nothing to compile, and the same in every version of JAX."""
+    abstract = nnx.eval_shape(lambda: Qwen3(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+    graphdef, state = nnx.split(abstract)
+
+    def parameter(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        name = jax.tree_util.keystr(path)
+        if len(leaf.shape) == 1:
+            return jnp.asarray(1 + random_values(name, leaf.shape, 0, 0.2), leaf.dtype)
+        # what goes through a layer keeps its size: 1 / sqrt(fan_in), which is close to 1 / sqrt(hidden_size)
+        return jnp.asarray(random_values(name, leaf.shape, 0, config.hidden_size**-0.5), leaf.dtype)
+
+    return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(parameter, state))
 
 
 def _meshes(sizes: list[int]) -> list[dict[str, int]]:
@@ -118,8 +134,8 @@ def _meshes(sizes: list[int]) -> list[dict[str, int]]:
 def _generate(model: Qwen3, indices: Any, shape: dict[str, int], **options: Any) -> GenerateOutput:
     return generate(
         model,
-        [_PROMPTS[i] for i in indices],
-        mesh=make_mesh(**shape),
+        [(_PROMPTS if jax.devices()[0].platform == "gpu" else _CPU_PROMPTS)[i] for i in indices],
+        mesh=make_mesh(shape.get("data", 1), 1, shape["tp"]),
         max_new_tokens=_NEW_TOKENS,
         sampling=[SamplingParams(temperature=0.8 * (i % 2), seed=i) for i in indices],
         **options,

@@ -38,7 +38,8 @@ def _versions(facts: Facts) -> list[Problem]:
     for package in SUPPORTED:
         text = version_problem(package, facts.versions.get(package))
         if text:
-            found.append(Problem(*text.split("; run: ")))
+            what, _, remedy = text.partition("; run: ")
+            found.append(Problem(what, remedy))
     jax, jaxlib = facts.versions.get("jax"), facts.versions.get("jaxlib")
     if jax != jaxlib:
         found.append(Problem(f"jax is {jax} and jaxlib {jaxlib}", f"pip install jaxlib=={jax}"))
@@ -112,6 +113,10 @@ def _devices(facts: Facts) -> list[Problem]:
             Problem(f"devices of several kinds ({', '.join(kinds)}): bits are equal on one kind", remedy)
         )
     gpus = [device for device in facts.devices if device.platform == "gpu"]
+    platforms = facts.variables.get("JAX_PLATFORMS", "")
+    if gpus and platforms and "cpu" not in platforms:
+        text = f"JAX_PLATFORMS={platforms!r} leaves out the CPU, with which kernels are compared"
+        found.append(Problem(text, f"unset JAX_PLATFORMS, or set it to {platforms},cpu"))
     return found + (_capability(gpus[0], facts) if gpus else [])
 
 
