@@ -154,6 +154,8 @@ def test_what_meets_at_a_place_is_added_in_the_order_of_the_updates(dtype: str) 
         assert_same_bits(run(mine, np.full(len(mine), place))[place], whole[place])
         differ += differing(np.add.accumulate(mine.astype(F32))[-1], expected)
     assert differ > 0
+    batch = np.stack([updates, updates[::-1]]), np.stack([places, places[::-1]])
+    assert_same_bits(jax.vmap(run)(*batch)[0], whole)
     last = tbik_jax.invariant(lambda u, at: jnp.zeros((3, 6), u.dtype).at[at].set(u))(updates, places)
     assert_same_bits(last, np.stack([updates[places == place][-1] for place in range(3)]))
 
