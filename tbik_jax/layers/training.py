@@ -173,7 +173,8 @@ def _gated_fwd(ops: InvariantTraining, x: jax.Array, w: jax.Array) -> tuple[jax.
 
 def _gated_bwd(ops: InvariantTraining, saved: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, w, product = saved
-    dgate, dup = swiglu_backward(*jnp.split(product, 2, axis=-1), dy)
+    gate, up = jnp.split(product, 2, axis=-1)
+    dgate, dup = swiglu_backward(gate, up, dy)
     # A leaf of dX is a slice of the gates and the same slice of the values, since tp cuts both alike. The rows of dW
     # are made in that order too, and put back: they are fewer than the tokens.
     plan = plan_contraction(k=w.shape[0] * lax.axis_size(TP), n=w.shape[1], dtype=x.dtype, role="row")
