@@ -15,7 +15,8 @@
 #
 # A tensor-parallel layer cuts a matrix product along K. Each rank adds up its part, and the ranks add up theirs. How
 # many ranks there are decides who meets whom, and floating-point addition is not associative: so the number of GPUs is
-# in the result. This notebook shows where that comes from, and one order of adding that every number of ranks can keep.
+# in the result. This notebook shows where that comes from, and one order of adding that every number of ranks can
+# keep.
 #
 # It runs as it stands on a laptop, on eight virtual CPU devices, and on a machine with GPUs.
 
@@ -46,8 +47,8 @@ print("a + (b + c) =", a + (b + c))
 assert (a + b) + c != a + (b + c)
 
 # %% [markdown]
-# A long sum loses a little at every add, and another little in every other order. Here are the same 4096 numbers, added
-# one after the other in 2000 orders:
+# A long sum loses a little at every add, and another little in every other order. Here are the same 4096 numbers,
+# added one after the other in 2000 orders:
 
 # %%
 rng = np.random.default_rng(0)
@@ -109,10 +110,10 @@ assert all(count > 0 for tp, count in compare(plain_outs).items() if tp > 1)
 # %% [markdown]
 # ## The tree
 #
-# Cut K into eight **leaves**, whatever the number of ranks. Add up each leaf in ascending k, in float32. Let the leaves
-# meet in a balanced binary tree, neighbours first, and round once at the end. A rank of tp=4 has two neighbouring
-# leaves, which is a whole subtree: what it adds by itself is a piece of the same tree, and so is what the ranks add
-# afterwards. The colours are the ranks; grey sums are made between ranks.
+# Cut K into eight **leaves**, whatever the number of ranks. Add up each leaf in ascending k, in float32. Let the
+# leaves meet in a balanced binary tree, neighbours first, and round once at the end. A rank of tp=4 has two
+# neighbouring leaves, which is a whole subtree: what it adds by itself is a piece of the same tree, and so is what the
+# ranks add afterwards. The colours are the ranks; grey sums are made between ranks.
 
 
 # %%
@@ -182,8 +183,8 @@ plt.show()
 # %% [markdown]
 # ## It is not less exact
 #
-# A value goes through fewer adds in a tree of eight sums than in one long chain, so nothing is lost in exchange for the
-# bits. Largest errors against float64, before the last rounding to bfloat16:
+# A value goes through fewer adds in a tree of eight sums than in one long chain, so nothing is lost in exchange for
+# the bits. Largest errors against float64, before the last rounding to bfloat16:
 
 # %%
 reference = np.asarray(x, np.float64) @ np.asarray(w, np.float64)

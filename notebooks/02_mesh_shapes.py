@@ -14,12 +14,14 @@
 # # One prompt, many meshes
 #
 # The same weights, the same prompt, temperature 0. On one device, on two, on eight, alone or in a batch: one answer or
-# several? This notebook asks a Qwen3 with ordinary numerics and with invariant ones, and looks at where the answers part.
+# several? This notebook asks a Qwen3 with ordinary numerics and with invariant ones, and looks at where answers part.
 #
 # The model is small and its weights are random, so the text means nothing; how its probabilities move is what matters
 # here. For a real one take `tbik_jax.load("path-or-hub-id")`.
 
 # %%
+import math
+
 import jax
 import matplotlib.pyplot as plt
 import numpy as np
@@ -54,24 +56,33 @@ NEW_TOKENS = 96
 # %% [markdown]
 # ## Meshes and batches
 #
-# Meshes have three axes: `tp` cuts every layer, `data` and `fsdp` share out the batch. Those that this machine has
-# devices for; and the prompt alone, or as one of four.
+# Meshes have three axes: `tp` cuts every layer, `data` and `fsdp` share out the batch. The prompt is asked alone, or
+# as the first of four. Configurations that this machine has no devices for are left out.
 
 # %%
-shapes = [{"tp": 1}, {"tp": 2}, {"tp": 4}, {"tp": 8}, {"data": 3, "tp": 2}]
-meshes = [tbik_jax.make_mesh(**sizes) for sizes in shapes if np.prod(list(sizes.values())) <= devices]
 others = np.random.default_rng(0).integers(0, config.vocab_size, (3, len(prompt))).tolist()
-batches = {1: [prompt], 4: [prompt, *others]}
-labels = [f"{mesh_label(mesh)}, batch {size}" for mesh in meshes for size in batches]
+cases = [
+    (sizes, batch)
+    for sizes, batch in (
+        ({"tp": 1}, [prompt]),
+        ({"tp": 1}, [prompt, *others]),
+        ({"tp": 2}, [prompt]),
+        ({"tp": 4}, [prompt]),
+        ({"tp": 8}, [prompt]),
+        ({"data": 3, "tp": 2}, [prompt, *others]),
+    )
+    if math.prod(sizes.values()) <= devices
+]
+meshes = [tbik_jax.make_mesh(**sizes) for sizes, _ in cases]
+labels = [f"{mesh_label(mesh)}, batch {len(batch)}" for mesh, (_, batch) in zip(meshes, cases, strict=True)]
 
 
 def outputs(numerics):
-    """(tokens, log-probabilities) of the prompt on every mesh and in every batch."""
+    """(tokens, log-probabilities) of the prompt in every configuration."""
     found = []
-    for mesh in meshes:
-        for batch in batches.values():
-            out = tbik_jax.generate(model, batch, mesh=mesh, max_new_tokens=NEW_TOKENS, numerics=numerics)
-            found.append((out.tokens[0], out.logprobs[0]))
+    for mesh, (_, batch) in zip(meshes, cases, strict=True):
+        out = tbik_jax.generate(model, batch, mesh=mesh, max_new_tokens=NEW_TOKENS, numerics=numerics)
+        found.append((out.tokens[0], out.logprobs[0]))
     return found
 
 
@@ -91,8 +102,8 @@ assert judge([results["invariant"]]).same_bits
 assert judge([results["plain"]]).distinct[0] > 1
 
 # %% [markdown]
-# Not only the tokens: with invariant numerics their log-probabilities are the same bits as well, which
-# one number over all of it shows. It is the same on your machine too, if it has this kind of device and these versions.
+# Not only the tokens: with invariant numerics their log-probabilities are the same bits as well, as a hash over both
+# shows. Another machine with this kind of device and these versions prints the same one.
 
 # %%
 for label, pair in zip(labels, results["invariant"], strict=True):
@@ -101,11 +112,11 @@ for label, pair in zip(labels, results["invariant"], strict=True):
 # %% [markdown]
 # ## Where the answers part
 #
-# Every row is a configuration, every column a position; a colour is a token. Up to the first token that is another one,
-# all rows are alike. After it the model continues another text, so nothing comes back together.
+# Every row is a configuration, every column a position; a colour is a token. Up to the first token that is another
+# one, all rows are alike. After it the model continues another text, so nothing comes back together.
 
 # %%
-figure, panels = plt.subplots(2, 1, figsize=(11, 5), layout="constrained", sharex=True)
+figure, panels = plt.subplots(2, 1, figsize=(11, 4), layout="constrained", sharex=True)
 for panel, (numerics, found) in zip(panels, results.items(), strict=True):
     tokens = np.stack([tokens for tokens, _ in found])
     panel.imshow(
@@ -120,8 +131,9 @@ panels[-1].set_xlabel("new token")
 plt.show()
 
 # %% [markdown]
-# The white bars are where a row leaves the first one. Long before, the probabilities are already different. This is the
-# difference of each token's log-probability from the first configuration's, as far as the tokens before are the same:
+# The white bars are where a row leaves the first one. Long before, the probabilities are already different. This is
+# the difference of each token's log-probability from the first configuration's, as far as the tokens before are the
+# same:
 
 # %%
 figure, panels = plt.subplots(1, 2, figsize=(11, 3.4), layout="constrained", sharey=True)
@@ -166,12 +178,12 @@ for label, (tokens, logprobs) in zip(labels[1:], results["plain"][1:], strict=Tr
 
 # %%
 sampling = tbik_jax.SamplingParams(temperature=1.0, seed=7)
-sampled = [
-    tbik_jax.generate(model, batches[4], mesh=mesh, max_new_tokens=NEW_TOKENS, sampling=sampling)
-    for mesh in (meshes[0], meshes[-1])
-]
-print({tbik_jax.fingerprint([out.tokens, out.logprobs])[:16] for out in sampled})
-assert len({tbik_jax.fingerprint([out.tokens, out.logprobs]) for out in sampled}) == 1
+prints = []
+for mesh, (_, batch) in list(zip(meshes, cases, strict=True))[1:]:
+    out = tbik_jax.generate(model, batch, mesh=mesh, max_new_tokens=NEW_TOKENS, sampling=sampling)
+    prints.append(tbik_jax.fingerprint([out.tokens[0], out.logprobs[0]])[:16])
+print(prints)
+assert len(set(prints)) == 1
 
 # %% [markdown]
 # And teacher forcing, the whole sequence in one pass and nothing generated, gives the same bits again. That is what
