@@ -58,7 +58,7 @@ config = Qwen3Config(
 # batch is a function of the step's number alone.
 
 # %%
-ROWS, WIDTH, STEPS = 8, 16, 40  # 128 tokens a batch are eight leaves of 16, the smallest that there are
+ROWS, WIDTH, STEPS = 8, 16, 24  # 128 tokens a batch are eight leaves of 16, the smallest that there are
 
 
 def batch(step):
