@@ -46,7 +46,7 @@ types: setup  ## check types
 	$(PY) -m mypy
 
 docs: setup  ## build the documentation into site, without network and without a warning
-	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict --clean
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --clean
 
 notebooks: setup  ## execute the notebooks: notebooks/*.ipynb beside the text, with their plots
 	$(PY) -m jupytext --to ipynb --execute --run-path . notebooks/*.py

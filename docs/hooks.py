@@ -1,5 +1,6 @@
-"""MkDocs hook: files of the repository that pages link to outside docs/ become part of the site."""
+"""MkDocs hook: linked files outside docs/ become part of the site, which must fetch nothing from elsewhere."""
 
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parent.parent
+_LOG = logging.getLogger("mkdocs.hooks")
+_FETCHED = re.compile(r"<(?:script|img|iframe|link)[^>]* (?:src|href)=\"?(https?://[^\"\s>]+)")
 _OUTSIDE = re.compile(r"\]\(\.\./([\w./\-]+)\)")
 
 
@@ -28,3 +31,14 @@ def on_files(files: Files, config: Any) -> Files:
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
     """Points the links there. All pages lie in docs/ itself."""
     return _OUTSIDE.sub(lambda link: f"]({_uri(link[1])})", markdown)
+
+
+def on_post_page(output: str, page: Any, config: Any) -> str:
+    """Warns, which ends a strict build, of what a reader without network would miss, and of a module for a function."""
+    for source in _FETCHED.findall(output):
+        _LOG.warning("%s fetches %s; keep it in the site", page.file.src_uri, source)
+    if "doc-symbol-module" in output:
+        _LOG.warning(
+            "%s documents a module where a function has its name; give the full path", page.file.src_uri
+        )
+    return output
