@@ -134,11 +134,11 @@ assert counts["plain"] == (len(meshes),) * 2
 # %%
 figure, panels = plt.subplots(1, 2, figsize=(11, 3.4), layout="constrained")
 for (numerics, mesh), loss in losses.items():
-    color = {"plain": "C0", "invariant": "C1"}[numerics]
-    panels[0].plot(loss, color=color, label=f"{numerics}, {mesh}")
-    panels[1].plot(
-        np.abs(loss - losses[numerics, "1 device"]), color=color, marker="." if mesh != "1 device" else None
-    )
+    style = {"plain": {"color": "C0", "linewidth": 4, "alpha": 0.4}, "invariant": {"color": "C1"}}[numerics]
+    style |= {"label": f"{numerics}, {mesh}", "linestyle": "-" if mesh == "1 device" else ":"}
+    panels[0].plot(loss, **style)
+    if mesh != "1 device":
+        panels[1].plot(np.abs(loss - losses[numerics, "1 device"]), marker=".", **style)
 panels[0].set_ylabel("loss")
 panels[1].set_ylabel("|loss - loss on 1 device|")
 panels[1].set_yscale("symlog", linthresh=1e-6)
