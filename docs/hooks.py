@@ -10,6 +10,9 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).parent.parent
 _LOG = logging.getLogger("mkdocs.hooks")
 _FETCHED = re.compile(r"<(?:script|img|iframe|link)[^>]* (?:src|href)=\"?(https?://[^\"\s>]+)")
+_NESTED = re.compile(
+    r"^ {3}- ", re.M
+)  # under "1. ", as CommonMark wants it; Python-Markdown wants four spaces
 _OUTSIDE = re.compile(r"\]\(\.\./([\w./\-]+)\)")
 
 
@@ -29,8 +32,8 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """Points the links there. All pages lie in docs/ itself."""
-    return _OUTSIDE.sub(lambda link: f"]({_uri(link[1])})", markdown)
+    """Points the links there, and indents nested lists. All pages lie in docs/ itself."""
+    return _OUTSIDE.sub(lambda link: f"]({_uri(link[1])})", _NESTED.sub("    - ", markdown))
 
 
 def on_post_page(output: str, page: Any, config: Any) -> str:

@@ -98,7 +98,7 @@ for numerics, found in results.items():
         f"the probability of a token differs by up to {verdict.divergence:.1e}"
     )
 assert judge([results["invariant"]]).same_bits
-assert judge([results["plain"]]).distinct[0] > 1
+assert devices == 1 or not judge([results["plain"]]).same_bits
 
 # %% [markdown]
 # Not only the tokens: with invariant numerics their log-probabilities are the same bits as well, as a hash over both
