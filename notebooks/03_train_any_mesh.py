@@ -102,7 +102,12 @@ class Run:
         return tbik_jax.fingerprint(jax.tree.leaves(nnx.state((self.model, self.optimizer))))
 
 
-meshes = [sizes for sizes in ({"tp": 1}, {"fsdp": 2, "tp": 2}) if math.prod(sizes.values()) <= devices]
+large = next(
+    sizes
+    for sizes in ({"data": 2, "fsdp": 2, "tp": 2}, {"fsdp": 2, "tp": 2}, {"tp": 2}, {"tp": 1})
+    if math.prod(sizes.values()) <= devices
+)
+meshes = [{"tp": 1}, large] if devices > 1 else [large]
 folder = tempfile.TemporaryDirectory()  # for a checkpoint, see below
 runs, losses = {}, {}
 for numerics in ("invariant", "plain"):
@@ -113,7 +118,7 @@ for numerics in ("invariant", "plain"):
         if key == ("invariant", "1 device"):
             tbik_jax.save_checkpoint(folder.name, STEPS // 2, model=run.model, optimizer=run.optimizer)
         runs[key], losses[key] = run, np.concatenate([half, run.train(STEPS // 2, STEPS)])
-        print(f"{numerics:9}  {key[1]:13}  last loss {losses[key][-1]:.7f}  state {run.fingerprint()[:16]}")
+        print(f"{numerics:9}  {key[1]:20}  last loss {losses[key][-1]:.7f}  state {run.fingerprint()[:16]}")
 
 # %% [markdown]
 # The losses of every step, and the whole state after the last one with moments and master weights: how many different
@@ -156,19 +161,21 @@ plt.show()
 #
 # ## Moving in the middle
 #
-# The run on one device saved a checkpoint after half of the steps. A third mesh takes it up and trains the other half.
-# It ends where the run that never moved did, to the last bit of the optimiser's state.
+# The run on one device saved a checkpoint after half of the steps. The other mesh takes it up and trains the other
+# half. It ends where the run that never moved did, to the last bit of the optimiser's state.
 
 # %%
-moved = Run({"data": 2, "tp": 4} if devices >= 8 else meshes[-1], "invariant")
+never_moved = runs["invariant", "1 device"].fingerprint()
+moved = runs["invariant", mesh_label(tbik_jax.make_mesh(**large))]
 found = tbik_jax.restore_checkpoint(
     folder.name, model=moved.model, optimizer=moved.optimizer, mesh=moved.mesh
 )
+assert moved.fingerprint() != never_moved  # it is back at half
 rest = moved.train(found.step, STEPS)
 print(f"1 device up to step {found.step}, then {mesh_label(moved.mesh)}: ", end="")
 print(f"last loss {rest[-1]:.7f}  state {moved.fingerprint()[:16]}")
 assert np.array_equal(rest, losses["invariant", "1 device"][found.step :])
-assert moved.fingerprint() == runs["invariant", "1 device"].fingerprint()
+assert moved.fingerprint() == never_moved
 folder.cleanup()
 
 # %% [markdown]
