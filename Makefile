@@ -48,7 +48,7 @@ types: setup  ## check types
 docs: setup  ## build the documentation into site, without network and without a warning
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --clean
 
-notebooks: setup  ## execute the notebooks: notebooks/*.ipynb beside the text, with their plots
+notebooks: setup  ## execute the notebooks into notebooks/*.ipynb, with their plots
 	$(PY) -m jupytext --to ipynb --execute --run-path . notebooks/*.py
 
 wheel: setup  ## build the sdist, and the wheel from it, into dist

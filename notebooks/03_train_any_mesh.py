@@ -143,7 +143,7 @@ for (numerics, mesh), loss in losses.items():
     style |= {"label": f"{numerics}, {mesh}", "linestyle": "-" if mesh == "1 device" else ":"}
     panels[0].plot(loss, **style)
     if mesh != "1 device":
-        panels[1].plot(np.abs(loss - losses[numerics, "1 device"]), marker=".", **style)
+        panels[1].plot(np.abs(loss - losses[numerics, "1 device"]), color=style["color"], marker=".")
 panels[0].set_ylabel("loss")
 panels[1].set_ylabel("|loss - loss on 1 device|")
 panels[1].set_yscale("symlog", linthresh=1e-6)
