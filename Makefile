@@ -11,10 +11,10 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format types wheel clean
+.PHONY: help setup demo test lint format types docs notebooks wheel clean
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):.*##/\1:/p' $(MAKEFILE_LIST) | awk -F': *' '{ printf "  make %-8s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z]*\):.*##/\1:/p' $(MAKEFILE_LIST) | awk -F': *' '{ printf "  make %-9s %s\n", $$1, $$2 }'
 
 setup: $(STAMP)  ## make .venv with the pinned dependencies and this package, editable
 
@@ -25,7 +25,7 @@ $(STAMP): pyproject.toml constraints.txt
 			echo "error: Python 3.12 is needed and was not found; install it or run: make PYTHON=/path/to/python3.12" >&2; \
 			exit 1; }; \
 		"$$python" -m venv --clear $(VENV); }
-	$(PY) -m pip install --disable-pip-version-check --quiet -e '.[test,dev]' -c constraints.txt
+	$(PY) -m pip install --disable-pip-version-check --quiet -e '.[test,dev,notebooks,docs]' -c constraints.txt
 	@touch $@
 
 demo: setup  ## show equal bits across meshes (MODEL=checkpoint folder, PROMPTS=file; both optional)
@@ -45,10 +45,16 @@ format: setup  ## fix style and format
 types: setup  ## check types
 	$(PY) -m mypy
 
+docs: setup  ## build the documentation into site, without network and without a warning
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --clean
+
+notebooks: setup  ## execute the notebooks into notebooks/*.ipynb, with their plots
+	$(PY) -m jupytext --to ipynb --execute --run-path . notebooks/*.py
+
 wheel: setup  ## build the sdist, and the wheel from it, into dist
 	rm -rf build dist
 	$(PY) -m build --no-isolation
 
-clean:  ## remove build products, caches and demo checkpoints; .venv stays
-	rm -rf build dist *.egg-info .demo .pytest_cache .ruff_cache .mypy_cache .hypothesis
+clean:  ## remove build products, executed notebooks, caches and demo checkpoints; .venv stays
+	rm -rf build dist site notebooks/*.ipynb *.egg-info .demo .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
