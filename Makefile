@@ -32,7 +32,7 @@ demo: setup  ## show equal bits across meshes (MODEL=checkpoint folder, PROMPTS=
 	$(PY) -m tbik_jax.demo $(if $(MODEL),--model '$(MODEL)') $(if $(PROMPTS),--prompts '$(PROMPTS)')
 
 test: setup  ## run the tests that need no GPU, two files at a time (ARGS=... goes to pytest; -n 0: one)
-	$(PY) -m pytest --durations=10 -n 2 --dist loadfile $(ARGS)
+	$(PY) -m pytest --durations=40 -n 2 --dist loadfile $(ARGS)
 
 lint: setup  ## check style and format
 	$(PY) -m ruff check .
