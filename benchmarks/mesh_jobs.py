@@ -48,7 +48,7 @@ class _Running:
 
 
 def run(
-    jobs: Sequence[Job], devices: int, limit: float
+    jobs: Sequence[Job], devices: int, limit: float, at_once: int | None = None
 ) -> Iterator[tuple[Job, list[dict[str, Any]], str | None]]:
     """Runs each job on devices of its own.
 
@@ -56,6 +56,7 @@ def run(
         jobs: to run; those that come first get the devices first.
         devices: to use of this machine's.
         limit: seconds after which the jobs still running are ended.
+        at_once: most jobs at a time, where the memory of a device does not hold all; None for all of them on GPUs.
 
     Yields:
         A job that has ended, the lines it printed that were JSON, and what went wrong, if anything did.
@@ -67,12 +68,13 @@ def run(
     if most > devices:
         raise ValueError(f"a job needs {most} devices and {devices} are to be used")
     on_gpu = jax.default_backend() == "gpu"
+    most_running = (len(jobs) if on_gpu else 1) if at_once is None else at_once
     places = assign([job.devices for job in jobs], devices)
     waiting, running, end = list(zip(jobs, places, strict=True)), list[_Running](), time.monotonic() + limit
     with tempfile.TemporaryDirectory() as folder:
         locks = os.environ.get(_LOCKS, folder)  # another of these programs may share the devices
         while waiting or running:
-            while waiting and (on_gpu or not running):
+            while waiting and len(running) < most_running:
                 running.append(_start(*waiting.pop(0), on_gpu, locks))
             time.sleep(_TICK)
             late = time.monotonic() > end

@@ -71,7 +71,7 @@ def main(argv: list[str]) -> int:
             )
             for number, (numerics, name, sizes) in enumerate(cells)
         ]
-        for job, lines, error in mesh_jobs.run(jobs, args.devices, args.limit):
+        for job, lines, error in mesh_jobs.run(jobs, args.devices, args.limit, args.at_once):
             data["runs"] += lines
             if error:
                 data["failures"].append({"job": job.name, "error": error})
@@ -166,6 +166,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--limit", type=float, default=480, help="seconds after which what still runs is ended"
     )
+    parser.add_argument("--at-once", type=int, help="most meshes at a time, where memory does not hold all")
     parser.add_argument("--meshes", nargs="+", help="data,fsdp,tp of the meshes to use; all by default")
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     parser.add_argument("--mesh", nargs=3, type=int, help="of a worker: data, fsdp and tp")

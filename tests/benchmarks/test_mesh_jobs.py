@@ -61,3 +61,18 @@ def test_a_device_is_for_one_job_at_a_time(tmp_path, monkeypatch):
                         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     with open(tmp_path / "device0", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # given back
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_no_more_jobs_at_a_time_than_asked_for(tmp_path, at_once):
+    """Each job waits for the other one's file, a while: only jobs that run at the same time see it come."""
+    code = (
+        "(out.parent / ('began_' + out.name)).touch(); "
+        "other = out.parent / ('began_' + {'a': 'b', 'b': 'a'}[out.name]); "
+        "end = time.monotonic() + (60 if {many} else 0.5)\n"
+        "while not other.exists() and time.monotonic() < end: time.sleep(0.05)\n"
+        "print('{\"met\": %d}' % other.exists()); out.touch()"
+    ).replace("{many}", str(at_once == 2))
+    jobs = [_job(tmp_path, name, code) for name in ("a", "b")]
+    met = {job.name: lines[0]["met"] for job, lines, _ in mesh_jobs.run(jobs, 2, 120, at_once)}
+    assert met == ({"a": 1, "b": 1} if at_once == 2 else {"a": 0, "b": 1})
