@@ -405,7 +405,7 @@ class Speed:
 
 SEAMS = [0, 1, 63, 64, 127, 128, 129, 511, 512, 513, 640, 1023, 1024, 1100, 1535, 1536, 1999]
 part = functools.partial
-#: What "columns" may be chosen for once it has been compared, and queries of a call.
+#: Heads for which "columns" is forced, and queries of a call.
 COLUMN_HEADS = (
     (Heads(), 1),
     (Heads(group=1), 1),

@@ -281,7 +281,9 @@ def choose_config(
     fields = tuned.lookup(device_kind, m, n, k, leaves, transpose_rhs)
     if fields is not None:
         config = MosaicConfig(**fields)
-        possible = not transpose_lhs or (config.tile_k == _DEEPEST and config.rows <= m)
+        possible = not transpose_lhs or (
+            config.tile_k == _DEEPEST and config.tile_m == 64 and config.rows <= m
+        )
         if possible and fits(config, m, leaves):
             return config
     return candidate_configs(m, n, k, leaves, transpose_rhs=transpose_rhs, transpose_lhs=transpose_lhs)[0]
@@ -358,9 +360,10 @@ def _family(m: int, n: int, k: int, leaves: int, transpose_rhs: bool) -> Iterato
         yield from _family_of(box, m, n, k, leaves, transpose_rhs)
 
 
-def reads_transposed(m: int, k: int, leaves: int) -> bool:
-    """Whether some tiling reads an x [k, m] as it lies."""
-    return m % 16 == 0 and m >= LEAST_ROWS_TRANSPOSED and _boxes(k // leaves)[0] == _DEEPEST
+def reads_transposed(m: int, n: int, k: int, leaves: int, *, transpose_rhs: bool) -> bool:
+    """Whether some tiling reads an x [k, m] as it lies, beside w [k, n] or, with `transpose_rhs`, [n, k]."""
+    wide = transpose_rhs or n >= _DEEPEST  # narrower boxes of w are shallower too
+    return m % 16 == 0 and m >= LEAST_ROWS_TRANSPOSED and _boxes(k // leaves)[0] == _DEEPEST and wide
 
 
 def _boxes(leaf: int) -> list[int]:

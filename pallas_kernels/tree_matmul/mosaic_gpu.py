@@ -72,7 +72,7 @@ def tree_matmul_mosaic_gpu(
         leaves: 1, 2, 4 or 8 equal slices of K, each a multiple of 16 long.
         out_dtype: bfloat16, float16 or float32; the total is rounded to it once.
         transpose_rhs: Whether w is [N, K]. It is read as it lies, not transposed in memory.
-        transpose_lhs: Whether x is [K, M]. It is read as it lies, too, but for few rows or short leaves
+        transpose_lhs: Whether x is [K, M]. It is read as it lies, too, but for few rows or columns or short leaves
             (`reads_transposed`), where it is transposed in memory first.
         gated: Whether the product is F columns of gates and then F of values, and the result their SwiGLU, [M, F]: each
             of both rounded to `out_dtype`, then as `swiglu` has it. With one leaf and w [N, K].
@@ -90,7 +90,7 @@ def tree_matmul_mosaic_gpu(
     if transpose_lhs:
         rows = jax.ShapeDtypeStruct(x.shape[::-1], x.dtype)
     m, n, k = check_operands(rows, w, leaves, jnp.dtype(out_dtype), transpose_rhs)
-    if transpose_lhs and not reads_transposed(m, k, leaves):
+    if transpose_lhs and not reads_transposed(m, n, k, leaves, transpose_rhs=transpose_rhs):
         x, transpose_lhs = x.T, False
     if gated and (n % 32 or jnp.dtype(out_dtype) != x.dtype):
         raise ValueError(

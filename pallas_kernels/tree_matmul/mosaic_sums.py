@@ -76,7 +76,8 @@ def homes_of(problem: Problem, saved: Ref | None, in_global: tuple[Ref, ...]) ->
     if saved is not None:
         homes += [_SharedHome(saved.at[i, wg]) for i in range(config.shared_blocks(problem.leaves))]
     if count := config.global_blocks(problem.leaves):
-        cta = (lax.axis_index("cluster") * config.multicast + lax.axis_index("pair")) * config.split
+        parts = config.split * config.last_split
+        cta = (lax.axis_index("cluster") * config.multicast + lax.axis_index("pair")) * parts
         mine = in_global[0].at[cta + lax.axis_index("part")]
         homes += [_GlobalHome(mine.at[i, wg]) for i in range(count)]
     return [homes[i * problem.blocks : (i + 1) * problem.blocks] for i in range(problem.levels)]

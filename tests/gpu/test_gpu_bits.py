@@ -143,9 +143,24 @@ def test_a_last_round_that_is_cut_over_clusters(hopper, make, m, n, k, leaves, c
 RAGGED = ((300, 272, 1008, 8), (4100, 2048, 144, 8), (17, 512, 976, 4), (520, 1024, 18992, 1))
 
 
+def underflowing(rng, shape, dtype):
+    """Products with numbers of size 1 are subnormal in float32, or zeros of either sign."""
+    return (rng.standard_normal(shape) * np.exp2(rng.integers(-149, -120, shape).astype(np.float64))).astype(
+        dtype
+    )
+
+
+def not_all_finite(rng, shape, dtype):
+    x = rng.standard_normal(shape, np.float32)
+    x[rng.random(shape) < 1e-4] = np.inf
+    x[rng.random(shape) < 1e-4] = -np.inf
+    x[rng.random(shape) < 1e-4] = np.nan
+    return x.astype(dtype)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(("m", "n", "leaf", "leaves"), RAGGED)
-@pytest.mark.parametrize("make", [normal, wide])
+@pytest.mark.parametrize("make", [normal, wide, underflowing, not_all_finite])
 @pytest.mark.parametrize("transpose_rhs", [False, True])
 def test_boxes_that_end_behind_their_leaf(hopper, make, m, n, leaf, leaves, transpose_rhs):
     rng = np.random.default_rng([11, m, n])

@@ -1,6 +1,7 @@
 """Which configuration of the Hopper kernel runs: a plan made from numbers, so nothing here needs a GPU."""
 
 import dataclasses
+import itertools
 
 import jax
 import pytest
@@ -15,6 +16,7 @@ from tbik_jax.pallas_kernels.tree_matmul.config import (
     check_config,
     choose_config,
     gate_config,
+    reads_transposed,
     tiles_evenly,
 )
 
@@ -177,7 +179,7 @@ def test_the_tuner_sees_a_cut_last_round_soon_where_it_is_at_most_half_full():
 @slowly
 @given(shape=shapes)
 def test_no_rule_cuts_the_last_round(shape):
-    """Its bits have not been compared on a GPU; a tuned table may, since the tuner compares them."""
+    """The estimate was not fitted to it; a tuned table may, since the tuner times it and compares its bits."""
     assert choice(shape, UNKNOWN).last_split == 1
 
 
@@ -286,3 +288,24 @@ def test_a_gated_tile_that_grows_gives_stages_up():
     assert gated.tile_n == 32 and 2 <= gated.stages < narrow.stages
     with pytest.raises(ValueError, match="shared memory"):
         check(dataclasses.replace(gated, stages=narrow.stages), (40, 6144, 1024, 1, True))
+
+
+@pytest.mark.parametrize("transpose_rhs", [False, True])
+def test_an_x_that_is_read_transposed_has_a_tiling(transpose_rhs):
+    sizes = itertools.product(
+        (100, 128, 144, 4096), (16, 32, 48, 64, 272, 5120), (16, 48, 64, 80, 144, 1024), (1, 8)
+    )
+    taken = 0
+    for m, n, leaf, leaves in sizes:
+        stored = {"transpose_rhs": transpose_rhs, "transpose_lhs": True}
+        if reads_transposed(m, n, leaf * leaves, leaves, transpose_rhs=transpose_rhs):
+            for device in (H200, UNKNOWN):
+                config = choose_config(m, n, leaf * leaves, leaves, device_kind=device, **stored)
+                check_config(config, m=m, n=n, k=leaf * leaves, leaves=leaves, itemsize=4, **stored)
+            taken += 1
+        else:  # the twin: nothing is given up that there is
+            with pytest.raises(ValueError, match="no tiling serves"):
+                if m % 16 or m < 128:
+                    raise ValueError("no tiling serves such rows")
+                choose_config(m, n, leaf * leaves, leaves, device_kind=UNKNOWN, **stored)
+    assert taken > 50

@@ -506,14 +506,14 @@ def test_x_as_it_lies_transposed(m, n, leaf, leaves, transpose_rhs, consumers):
     assert_same_bits(out, jnp.asarray(in_order(x, w.T if transpose_rhs else w, leaves)))
 
 
-@pytest.mark.parametrize(("m", "leaf"), [(100, 64), (128, 48), (120, 64)])
-def test_x_that_no_tiling_reads_transposed_is_transposed_first(m, leaf):
-    x, w = operands_with_exact_leaves(m, 32, 2 * leaf, 2, BF16)
+@pytest.mark.parametrize(("m", "n", "leaf"), [(100, 64, 64), (128, 64, 48), (120, 64, 64), (128, 32, 64)])
+def test_x_that_no_tiling_reads_transposed_is_transposed_first(m, n, leaf):
+    x, w = operands_with_exact_leaves(m, n, 2 * leaf, 2, BF16)
     out = interpreted(x.T, w, 2, transpose_lhs=True, config=small(tile_k=16))
     assert_same_bits(out, jnp.asarray(in_order(x, w, 2)))
 
 
 def test_x_transposed_refuses_a_tiling_that_does_not_read_it():
-    x, w = operands_with_exact_leaves(128, 32, 128, 2, BF16)
+    x, w = operands_with_exact_leaves(128, 64, 128, 2, BF16)
     with pytest.raises(ValueError, match="x as \\[K, M\\] needs tile_k=64"):
         interpreted(x.T, w, 2, transpose_lhs=True, config=small(tile_k=32))
