@@ -82,9 +82,8 @@ class Problem:
     def ragged(self) -> bool:
         """Whether a leaf's last step has less than the others.
 
-        Then leaves are a dimension of their own of x and w, and TMA fills up both with zeros behind a leaf. They change no
-        sum but, where every product underflows, the sign of a zero; and that in every call alike, as which leaves have a
-        part of a box follows from their length.
+        Then leaves are a dimension of their own of x and w, and TMA fills up both with zeros behind a leaf. They change
+        no sum, but perhaps, where every product underflows, the sign of a zero.
         """
         return self.leaf % self.config.depth > 0
 
