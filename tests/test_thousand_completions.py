@@ -12,6 +12,7 @@ import typer
 from typer.testing import CliRunner
 
 import tbik_jax
+from tbik_jax import steps
 from tbik_jax.program import Program
 from tests.models_small import small_model
 
@@ -43,6 +44,7 @@ SMALL = ("--batches", "3", "--prompt-tokens", 1, "--new-tokens", 16, "--completi
 
 
 def test_one_completion_with_invariant_numerics_and_others_with_plain(run, tmp_path, monkeypatch):
+    steps._steps.cache_clear()  # other tests may have compiled the same
     out, plot = tmp_path / "result.json", tmp_path / "result.png"
     compiled: list[object] = []
     compile_now = Program._compile

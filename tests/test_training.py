@@ -11,7 +11,8 @@ import pytest
 from flax import nnx
 
 import tbik_jax
-from tbik_jax.layers import InvariantNumerics
+from tbik_jax.layers import InvariantNumerics, invariant
+from tbik_jax.layers import training as training_layers
 from tbik_jax.layers.training import InvariantTraining
 from tbik_jax.models import Qwen3
 from tbik_jax.training import shard_model, value_and_grad
@@ -196,16 +197,28 @@ def test_aux_needs_an_entry_for_each_row(whole):
         value_and_grad(summed, mesh=tbik_jax.make_mesh(), has_aux=True)(model, rows)
 
 
-def test_attention_gives_training_what_it_gives_inference(monkeypatch):
+@pytest.mark.parametrize(
+    ("backend", "h", "expected"),
+    [("mosaic_gpu", 64, "mosaic_gpu"), ("mosaic_gpu", 16, "reference"), ("reference", 64, "reference")],
+)
+def test_attention_gives_training_what_it_gives_inference(monkeypatch, backend, h, expected):
     """Where inference takes a kernel, the train step must not take the reference, whose bits are others."""
-    shape = (1, 16, 2, 16)
-    q, k, v = (jnp.ones(shape, jnp.bfloat16) * i for i in (1, 2, 3))
+    q = k = v = jnp.ones((1, 16, 2, h), jnp.bfloat16)
     positions = jnp.arange(16, dtype=jnp.int32)[None]
-    monkeypatch.setattr(InvariantNumerics, "attention", lambda self, q, k, v, positions: v * 5)
-    for backend, expected in (("mosaic_gpu", 15), ("reference", 3)):
-        ops = InvariantTraining(backend=backend)
-        out, _ = jax.vjp(lambda q, ops=ops: ops.attention(q, k, v, positions), q)
-        assert np.unique(np.asarray(out, np.float32)).tolist() == [expected]
+    taken = []
+    kept = jnp.zeros((1, 16, 2), jnp.float32)
+    monkeypatch.setattr(invariant, "attention", lambda *x, backend: taken.append(backend) or x[0])
+    monkeypatch.setattr(
+        training_layers, "attention_with_lse", lambda *x, backend: taken.append(backend) or (x[0], kept)
+    )
+    monkeypatch.setattr(
+        training_layers, "attention_backward", lambda *x, backend: taken.append(backend) or x[:3]
+    )
+    InvariantNumerics(backend=backend).attention(q, k, v, positions)
+    ops = InvariantTraining(backend=backend)
+    _, pullback = jax.vjp(lambda q: ops.attention(q, k, v, positions), q)
+    pullback(q)
+    assert taken == [expected] * 3
 
 
 def test_gradients_are_those_of_plain_jax_in_float32():

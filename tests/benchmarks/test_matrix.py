@@ -11,7 +11,7 @@ from benchmarks import matrix
 
 
 def _sizes(devices, model="8B"):
-    return matrix._sizes(argparse.Namespace(devices=devices), model)
+    return matrix._sizes(argparse.Namespace(devices=devices, meshes=None), model)
 
 
 def test_every_number_of_devices_up_to_the_limit_has_a_mesh():
