@@ -332,6 +332,9 @@ def candidate_configs(
         except ValueError:
             continue
         found.append((_estimate(config, m, n, k, leaves, transpose_rhs), config))
+    if any(k // leaves % config.depth for _, config in found):
+        # Zeros behind a leaf may give a sum of underflows another sign: they are there for any m, or for none.
+        found = [pair for pair in found if k // leaves % pair[1].depth]
     found.sort(key=lambda pair: pair[0])
     guesses: dict[tuple[int, int, int], int] = {}
     ranked = []

@@ -309,3 +309,13 @@ def test_an_x_that_is_read_transposed_has_a_tiling(transpose_rhs):
                     raise ValueError("no tiling serves such rows")
                 choose_config(m, n, leaf * leaves, leaves, device_kind=UNKNOWN, **stored)
     assert taken > 50
+
+
+@pytest.mark.parametrize("transpose_rhs", [False, True])
+@pytest.mark.parametrize(
+    ("leaf", "fills"), [(64, True), (112, True), (144, False), (1008, False), (18992, False)]
+)
+def test_a_leaf_fills_its_last_box_for_any_number_of_rows_or_for_none(leaf, fills, transpose_rhs):
+    for m in (1, 16, 100, 300, 1000, 5000):
+        configs = candidates((m, 2048, 8 * leaf, 8, transpose_rhs))
+        assert {leaf % config.depth == 0 for config in configs} == {fills}
