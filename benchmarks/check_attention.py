@@ -20,12 +20,9 @@ import concurrent.futures
 import dataclasses
 import functools
 import itertools
-import json
 import sys
 import threading
-import time
-import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +30,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.checks import Check, Checks, verdict
 from tbik_jax.bench.device_time import Cupti, WallClock, compare, count_sets
-from tbik_jax.bench.environment import environment
 from tbik_jax.pallas_kernels.attention.config import AttentionConfig, AttentionShape, choose_config
 from tbik_jax.pallas_kernels.attention.mosaic_gpu import attention_mosaic_gpu
 from tbik_jax.pallas_kernels.attention.plan import AttentionPlan
@@ -48,7 +45,6 @@ CASES = (
     *((b, s, s) for b, s in ((1, 2048), (1, 4096), (4, 2048), (1, 16384))),
     *((b, 1, s) for b, s in ((1, 8192), (1, 16384), (4, 32768))),
 )
-Check = tuple[str, Callable[[], dict[str, Any]]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,25 +61,12 @@ def main() -> None:
     global _INTERPRET
     args = _arguments()
     _INTERPRET = args.interpret
-    start = time.monotonic()
-    result: dict[str, Any] = {"environment": environment(), "checks": [], "speed": []}
+    log = Checks(args.out, args.limit)
 
     def run(checks: Iterator[Check], threads: int) -> None:
-        def one(check: Check) -> dict[str, Any]:
-            late = time.monotonic() - start > args.limit
-            return {"name": check[0], "failed": "out of time"} if late else run_check(*check)
-
         if args.names:
             checks = (check for check in checks if check[0] in args.names or check[0].startswith("speed"))
-        with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-            for future in concurrent.futures.as_completed([pool.submit(one, check) for check in checks]):
-                row = {**future.result(), "at_s": round(time.monotonic() - start, 1)}
-                kind = "speed" if row["name"].startswith("speed") else "checks"
-                if not row["name"].startswith("compile") or "failed" in row:
-                    result[kind].append(row)
-                print(json.dumps(row), flush=True)
-                if args.out:  # at every step: a run that is ended from outside keeps what it has
-                    args.out.write_text(json.dumps(result, indent=1) + "\n")
+        log.run(checks, threads)
 
     if args.interpret:
         run(tiny_checks(), 1)
@@ -96,12 +79,7 @@ def main() -> None:
         run(first, args.threads)
         run((("speed " + str(case), case.measure) for case in cases), 1)
         run(other_bits() if bits else iter(()), args.threads)
-    failures = sum("failed" in row for row in result["checks"] + result["speed"])
-    result |= {"failures": failures, "seconds": round(time.monotonic() - start, 1)}
-    if args.out:
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"{failures} failures in {result['seconds']} s")
-    sys.exit(failures > 0)
+    sys.exit(log.finish() > 0)
 
 
 def _arguments() -> argparse.Namespace:
@@ -115,14 +93,6 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=12, help="checks of bits at a time")
     parser.add_argument("--interpret", action="store_true", help="a tiny part on the CPU")
     return parser.parse_args()
-
-
-def run_check(name: str, check: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    try:
-        return {"name": name, **check()}
-    except Exception as error:  # one broken case must not hide the others
-        last = traceback.format_exc().strip().splitlines()[-6:]
-        return {"name": name, "failed": f"{type(error).__name__}: {str(error)[:400]}", "trace": last}
 
 
 # --- inputs ------------------------------------------------------------------------------------------------
@@ -184,12 +154,6 @@ def base(heads: Heads, length: int, kind: str) -> np.ndarray:
 
 def differing(a: np.ndarray, b: np.ndarray) -> int:
     return int((a.view(np.uint16) != b.view(np.uint16)).sum())
-
-
-def verdict(differs: dict[str, int], **more: Any) -> dict[str, Any]:
-    """A row of the result; every number in `differs` must be 0."""
-    bad = {what: count for what, count in differs.items() if count}
-    return {"compared": len(differs), **({"failed": "bits differ", "differing": bad} if bad else {}), **more}
 
 
 # --- bits --------------------------------------------------------------------------------------------------

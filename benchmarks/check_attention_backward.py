@@ -14,11 +14,8 @@ Exits with 1 after any. `--interpret` runs a tiny part on the CPU.
 import argparse
 import dataclasses
 import functools
-import json
 import sys
-import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +23,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.check_attention import run_check, verdict
+from benchmarks.checks import Check, Checks, verdict
 from tbik_jax.bench.device_time import Cupti, WallClock, compare
-from tbik_jax.bench.environment import environment
 from tbik_jax.pallas_kernels import attention
 from tbik_jax.pallas_kernels.attention.backward_mosaic_gpu import attention_backward_mosaic_gpu
 from tbik_jax.pallas_kernels.attention.mosaic_gpu import attention_mosaic_gpu
@@ -36,7 +32,6 @@ from tbik_jax.pallas_kernels.attention.plan import AttentionPlan
 
 BF16, F16 = jnp.bfloat16, jnp.float16
 NAMES = ("dq", "dk", "dv")
-Check = tuple[str, Callable[[], dict[str, Any]]]
 _INTERPRET = False
 
 
@@ -275,34 +270,14 @@ def main() -> None:
     global _INTERPRET
     args = _arguments()
     _INTERPRET = args.interpret
-    start = time.monotonic()
-    result: dict[str, Any] = {"environment": environment(), "checks": [], "speed": []}
-
-    def run(every: Iterator[Check], threads: int, into: str) -> None:
-        def one(check: Check) -> dict[str, Any]:
-            late = time.monotonic() - start > args.limit
-            return {"name": check[0], "failed": "out of time"} if late else run_check(*check)
-
-        with ThreadPoolExecutor(threads) as pool:
-            for future in as_completed([pool.submit(one, check) for check in every]):
-                row = {**future.result(), "at_s": round(time.monotonic() - start, 1)}
-                result[into].append(row)
-                print(json.dumps(row), flush=True)
-                if args.out:
-                    args.out.write_text(json.dumps(result, indent=1) + "\n")
-
+    log = Checks(args.out, args.limit)
     if args.only != "speed":
-        run(tiny_checks() if args.interpret else checks(), 1 if args.interpret else args.threads, "checks")
+        log.run(tiny_checks() if args.interpret else checks(), 1 if args.interpret else args.threads)
     if args.only != "bits":
         tiny = (Shape(t=64, kv_heads=1, group=1, h=64),)
         shapes = tiny if args.interpret else SPEEDS
-        run(((f"speed {shape}", part(measure, shape)) for shape in shapes), 1, "speed")
-    failures = sum("failed" in row for row in result["checks"] + result["speed"])
-    result |= {"failures": failures, "seconds": round(time.monotonic() - start, 1)}
-    if args.out:
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"{failures} failures in {result['seconds']} s")
-    sys.exit(failures > 0)
+        log.run(((f"speed {shape}", part(measure, shape)) for shape in shapes), 1)
+    sys.exit(log.finish() > 0)
 
 
 def _arguments() -> argparse.Namespace:

@@ -20,7 +20,7 @@ RESIDENT_CLUSTERS = {1: 132, 2: 66, 4: 30, 8: 15}
 _BLOCK_BYTES = 128  # width of a staged block of the output: the widest swizzle
 _ALIGNMENT = 1024  # of every buffer in shared memory
 #: Rows from which an x [K, M] is read as it lies: of a tile whose consumers each have 64 columns of it.
-LEAST_ROWS_TRANSPOSED = 128
+_LEAST_ROWS_TRANSPOSED = 128
 _DEEPEST = 64  # k's of a box: as wide as the widest swizzle
 _MAX_STAGES = 32  # phases of a ring's barriers share one register
 
@@ -366,7 +366,7 @@ def _family(m: int, n: int, k: int, leaves: int, transpose_rhs: bool) -> Iterato
 def reads_transposed(m: int, n: int, k: int, leaves: int, *, transpose_rhs: bool) -> bool:
     """Whether some tiling reads an x [k, m] as it lies, beside w [k, n] or, with `transpose_rhs`, [n, k]."""
     wide = transpose_rhs or n >= _DEEPEST  # narrower boxes of w are shallower too
-    return m % 16 == 0 and m >= LEAST_ROWS_TRANSPOSED and _boxes(k // leaves)[0] == _DEEPEST and wide
+    return m % 16 == 0 and m >= _LEAST_ROWS_TRANSPOSED and _boxes(k // leaves)[0] == _DEEPEST and wide
 
 
 def _boxes(leaf: int) -> list[int]:
