@@ -27,7 +27,6 @@ from .mesh import BATCH_AXES
 from .models.qwen3 import Qwen3, Qwen3Config
 from .models.qwen3.modules import Batch, Cache, cache_shapes, cache_spec
 from .pallas_kernels.common.backend import device_backend
-from .pallas_kernels.common.launch import LAUNCH_OPTIONS, Launch, overlapping
 from .pallas_kernels.tree_matmul.plan import LEAVES, plan_contraction
 from .program import Program
 from .sampling import SamplingArrays, sample
@@ -229,7 +228,6 @@ class Steps:
                 (caches, state, scalar, sampling, P(), tables),
                 (caches, state),
                 donate=(1, 2),
-                options=LAUNCH_OPTIONS if self._launch.early else {},
             )
             for filtered in (False, True)
         }
@@ -257,22 +255,8 @@ class Steps:
         in_specs = (caches, rows, rows, rows, P(), (P(), P()))
         return self._jit(body, in_specs, (caches, rows, rows, P(TP, BATCH_AXES)), donate=(1,))
 
-    @property
-    def _launch(self) -> Launch:
-        """Of the decode loop's kernels, many of which take a few microseconds."""
-        numerics = self._parallel.numerics
-        early = isinstance(numerics, InvariantNumerics) and numerics.backend == "mosaic_gpu"
-        # Else a kernel of the step itself makes them: a slice of stacked layers, or an all-gather.
-        in_place = not self.scan_layers and not self._parallel.fsdp_dims
-        return Launch(early=early, weights_ready=early and in_place)
-
     def _jit(
-        self,
-        body: Callable[..., Any],
-        in_specs: Any,
-        out_specs: Any,
-        donate: tuple[int, ...] = (),
-        options: dict[str, Any] | None = None,
+        self, body: Callable[..., Any], in_specs: Any, out_specs: Any, donate: tuple[int, ...] = ()
     ) -> Program:
         # The butterfly ends replicated over tp, which shard_map's check cannot infer from ppermute.
         mapped = jax.shard_map(
@@ -282,8 +266,8 @@ class Steps:
             out_specs=out_specs,
             check_vma=False,
         )
-        invariant = INVARIANT_OPTIONS if isinstance(self._parallel.numerics, InvariantNumerics) else {}
-        return Program(jax.jit(mapped, donate_argnums=donate, compiler_options=invariant | (options or {})))
+        options = INVARIANT_OPTIONS if isinstance(self._parallel.numerics, InvariantNumerics) else {}
+        return Program(jax.jit(mapped, donate_argnums=donate, compiler_options=options))
 
     def cache_shapes(self, batch: int, capacity: int) -> Cache:
         """Shapes of a cache for `batch` rows (all ranks together) of `capacity` positions; `init_cache` makes it."""
@@ -349,8 +333,7 @@ class Steps:
             active = active & good & ~jnp.any(token[:, None] == eos_ids, axis=1)
             return cache, DecodeState(step + 1, token, position + 1, active, out)
 
-        with overlapping(self._launch):
-            return lax.while_loop(running, body, (cache, state))
+        return lax.while_loop(running, body, (cache, state))
 
     def _score(
         self,

@@ -24,7 +24,6 @@ import jax
 import jax.extend.backend
 import jax.numpy as jnp
 
-from ..common.launch import Launch, current_launch
 from .columns import run_columns
 from .config import COLUMNS, ROWS, AttentionConfig, AttentionShape, choose_config
 from .plan import AttentionPlan
@@ -95,7 +94,6 @@ def attention_mosaic_gpu(
         config=config,
         with_lse=with_lse,
         interpret=interpret,
-        launch=Launch() if interpret else current_launch(),
     )
     run = {"tiles": run_tiles, "split": run_split, "columns": run_columns}[config.variant]
     return run(q, k, v, positions.astype(jnp.int32), problem)

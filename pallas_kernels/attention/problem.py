@@ -12,7 +12,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from ..common.launch import Launch, wait_first
 from .arithmetic import Product
 from .config import ROWS, AttentionConfig, AttentionShape
 from .plan import AttentionPlan
@@ -33,7 +32,6 @@ class Problem:
     config: AttentionConfig
     with_lse: bool = False
     interpret: bool
-    launch: Launch = Launch()
 
     @property
     def factor(self) -> float:
@@ -132,7 +130,7 @@ class Problem:
         params = plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True)
         interpret = plgpu.InterpretGPUParams(inline_mgpu="ignore") if self.interpret else None
         return plgpu.kernel(
-            wait_first(functools.partial(body, self), self.launch),
+            functools.partial(body, self),
             thread_name="wg",
             kernel_name=f"attention_{name}",
             compiler_params=params,

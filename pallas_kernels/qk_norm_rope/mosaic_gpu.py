@@ -16,7 +16,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ..common import mosaic_rows as rows
-from ..common.launch import Launch, current_launch, wait_first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +25,6 @@ class _Problem:
         bool  # heads side by side: the KV heads', each with one query at a time, or one KV head's queries
     )
     interpret: bool
-    launch: Launch = Launch()
 
 
 def qk_norm_rope_mosaic_gpu(
@@ -54,7 +52,7 @@ def qk_norm_rope_mosaic_gpu(
     """
     _, _, kv_heads, group, h = qkv.shape
     by_kv_head = rows.heads_at_once(kv_heads, h // 2) >= rows.heads_at_once(group - 2, h // 2)
-    problem = _Problem(eps, by_kv_head, interpret, Launch() if interpret else current_launch())
+    problem = _Problem(eps, by_kv_head, interpret)
     return _run(qkv, q_scale, k_scale, cos, sin, positions, lengths, k_cache, v_cache, problem)
 
 
@@ -74,7 +72,7 @@ def _run(
     b, t, kv_heads, group, h = qkv.shape
     mesh = plgpu.Mesh(grid=(b * t,), grid_names=("token",), num_threads=1, thread_name="wg")
     kernel = pl.kernel(
-        wait_first(functools.partial(_kernel, problem), problem.launch),
+        functools.partial(_kernel, problem),
         out_type=[jax.ShapeDtypeStruct((b, t, kv_heads, group - 2, h), qkv.dtype)],
         mesh=mesh,
         name="qk_norm_rope",

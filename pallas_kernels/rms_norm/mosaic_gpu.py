@@ -13,7 +13,6 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ..common import mosaic_rows as rows
-from ..common.launch import Launch, current_launch, wait_first
 
 LARGEST = 8192  # a thread's part of a longer row does not fit in its registers
 
@@ -38,21 +37,19 @@ def rms_norm_mosaic_gpu(
     if missing := -d % rows.THREADS:  # zeros add nothing to the sum of squares
         terms = [jnp.pad(term, ((0, 0), (0, missing))) for term in terms]
         scale = jnp.pad(scale, (0, missing))
-    outs = _run(terms, scale, eps, d, interpret, Launch() if interpret else current_launch())
+    outs = _run(terms, scale, eps, d, interpret)
     if missing:
         outs = [out[:, :d] for out in outs]
     return outs[0] if y is None else tuple(outs)
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
-def _run(
-    terms: list[jax.Array], scale: jax.Array, eps: float, d: int, interpret: bool, launch: Launch
-) -> list[jax.Array]:
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _run(terms: list[jax.Array], scale: jax.Array, eps: float, d: int, interpret: bool) -> list[jax.Array]:
     m, width = terms[0].shape
     size = rows.THREADS * rows.vector_size(width)
     out = jax.ShapeDtypeStruct((m, width), terms[0].dtype)
     kernel = plgpu.kernel(
-        wait_first(functools.partial(_kernel, len(terms), size, eps, d, interpret), launch),
+        functools.partial(_kernel, len(terms), size, eps, d, interpret),
         out_type=[out] * len(terms),
         scratch_types={"scratch": plgpu.SMEM((size,), jnp.float32)},
         grid=(m,),

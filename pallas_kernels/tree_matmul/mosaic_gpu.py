@@ -34,7 +34,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ..common.activation import silu
-from ..common.launch import Launch, current_launch, release_next, wait_for_last
 from .config import (
     RESIDENT_CLUSTERS,
     MosaicConfig,
@@ -114,7 +113,6 @@ def tree_matmul_mosaic_gpu(
         config=config,
         resident=_interpreted_clusters(config) if interpret else _resident_clusters(config.cluster),
         interpret=interpret,
-        launch=Launch() if interpret else current_launch(),
     )
     if interpret and config.cluster == 8 and problem.tiles > 1:
         raise ValueError(
@@ -195,7 +193,6 @@ def _kernel(
     @pl.when(wg < consumers)
     def _() -> None:
         set_registers((512 - _PRODUCER_REGISTERS) // consumers // 8 * 8, "increase")
-        wait_for_last(problem.launch)
         _consume(problem, smem, out_gmem, in_global)
 
 
@@ -262,17 +259,8 @@ def _produce(problem: Problem, x_gmem: Ref, w_gmem: Ref, smem: types.SimpleNames
 
     @plgpu.warp_map
     def _(warp: jax.Array) -> None:
-        @pl.when(warp == 0)
-        def _() -> None:
-            release_next(problem.launch)
-            if not problem.launch.weights_ready:
-                wait_for_last(problem.launch)
-            stream(copy_w)
-
-        @pl.when(warp == 1)
-        def _() -> None:
-            wait_for_last(problem.launch)
-            stream(copy_x)
+        pl.when(warp == 0)(lambda: stream(copy_w))
+        pl.when(warp == 1)(lambda: stream(copy_x))
 
 
 def _consume(

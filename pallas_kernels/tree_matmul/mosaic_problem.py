@@ -10,7 +10,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from ..common.launch import Launch
 from .config import MosaicConfig
 
 Ref = Any  # Pallas has no public type for what its refs become inside a kernel
@@ -31,7 +30,6 @@ class Problem:
     resident: int
     interpret: bool
     transpose_lhs: bool = False
-    launch: Launch = Launch()
 
     @property
     def grid(self) -> tuple[int, int]:
