@@ -206,20 +206,13 @@ def draw(results: list[dict[str, Any]], title: str, file: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
     for color, each in enumerate(results):
         counts, label = each["counts"], f"{each['numerics']}: {each['distinct']} distinct"
-        width = 0.8 / len(results)
-        left.bar(
-            np.arange(1, len(counts) + 1) + width * (color - (len(results) - 1) / 2),
-            counts,
-            width,
-            color=f"C{color}",
-            label=label,
-        )
+        left.plot(np.arange(1, len(counts) + 1), counts, "o-", color=f"C{color}", markersize=4, label=label)
         tokens = np.arange(1, len(each["prefixes"]) + 1)
         right.step(tokens, each["prefixes"], where="mid", color=f"C{color}", label=each["numerics"])
     left.set(xlabel="distinct completion, most frequent first", ylabel="times it came")
-    left.set_xticks(range(1, max(len(each["counts"]) for each in results) + 1))
-    if len(left.get_xticks()) > 20:
-        left.xaxis.set_major_locator(plt.MaxNLocator(integer=True))
+    left.loglog()  # one that came a thousand times beside hundreds that came once
+    for axis in (left.xaxis, left.yaxis):
+        axis.set_major_formatter("{x:.0f}")
     right.set(xlabel="token", ylabel="distinct beginnings so far", ylim=(0, None))
     right.yaxis.set_major_locator(plt.MaxNLocator(integer=True))
     for panel in (left, right):
