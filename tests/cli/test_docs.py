@@ -1,4 +1,4 @@
-"""Every command in the README and in docs/cli.md runs as it stands, and every command and option is documented."""
+"""Every command in the README and in the pages about commands runs as it stands, and every command is documented."""
 
 import json
 import re
@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from tbik_jax import synthetic, synthetic_tokenizer
 from tbik_jax.cli.app import _COMMANDS
+from tests.cli.conftest import SMALL
 
 ROOT = Path(__file__).parents[2]
 
@@ -22,16 +24,18 @@ def commands(name: str) -> list[str]:
 
 def prepare(folder: Path) -> None:
     """The files that the commands name."""
+    model = synthetic.write_checkpoint(folder / "path/to/qwen3", synthetic.small_config(**SMALL))
+    synthetic_tokenizer.write_tokenizer(model)
     (folder / "prompts.txt").write_text("a\nb\n")
     (folder / "chat.json").write_text(json.dumps([{"role": "user", "content": "How do you make bread?"}]))
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/cli.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/cli.md", "docs/bisect.md"])
 def test_commands_run(run, name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     prepare(tmp_path)
     found = commands(name)
-    assert len(found) >= 3
+    assert len(found) >= 3, name
     if name == "README.md":  # those of docs/cli.md are not run twice
         found = [line for line in found if line not in commands("docs/cli.md")]
     for line in found:
