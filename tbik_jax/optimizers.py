@@ -22,8 +22,8 @@ from .pallas_kernels.common.rounding import mul, pin
 from .pallas_kernels.common.tree import tree_join
 from .pallas_kernels.tree_matmul.plan import LEAVES
 
-#: Levels of a long sum that one kernel may do. XLA puts the sums over all layers of a stack into one kernel, and with four
-#: levels ptxas of CUDA 13.0 and 13.1 takes minutes for it at the size of Qwen3-1.7B; no bit depends on it.
+#: Levels of a long sum that one kernel may do. XLA puts the sums over all layers of a stack into one kernel, and with
+#: four levels ptxas of CUDA 13.0 and 13.1 takes minutes for it at Qwen3-1.7B's size. No bit depends on it.
 _FUSED_LEVELS = 2
 
 

@@ -9,7 +9,8 @@ Forward-mode differentiation (`jax.jvp`, `jax.jacfwd`, `jax.hessian`) raises `Ty
 
 import functools
 import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -158,7 +159,12 @@ def expand(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 def reduced_axes(op: str, axis: int | Sequence[int] | None, ndim: int) -> tuple[int, ...]:
     """`axis` as ascending non-negative axes; `ValueError` if one is out of range or named twice."""
-    axes = range(ndim) if axis is None else (axis,) if isinstance(axis, int) else tuple(axis)
+    if axis is None:
+        axes = list(range(ndim))
+    elif isinstance(axis, Iterable):
+        axes = [operator.index(a) for a in axis]
+    else:
+        axes = [operator.index(axis)]
     for a in axes:
         if not -ndim <= a < ndim:
             raise ValueError(f"{op}: axis {a} is out of range for an array of {ndim} dimensions")

@@ -3,10 +3,11 @@
 A jaxpr interpreter. It knows a list of primitives; whatever is not on it raises, so nothing keeps another order unseen.
 """
 
+import contextlib
 import fnmatch
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +18,19 @@ from jax.extend import core, source_info_util
 
 from ..pallas_kernels.tree_matmul.plan import LEAVES
 from . import kernels, psums, windows
-from .primitives import EXACT, HIDDEN, KERNELS, REPLACED, SILENT, has_effects, has_floats, is_exact, refusal
+from .primitives import (
+    CONTRACTIONS,
+    EXACT,
+    HIDDEN,
+    KERNELS,
+    REPLACED,
+    SILENT,
+    follows_the_batch,
+    has_effects,
+    has_floats,
+    is_exact,
+    refusal,
+)
 from .rules import Entry, Kind, Report, Rule
 
 #: Primitives that hold one jaxpr, which runs once.
@@ -29,6 +42,7 @@ _CALLS = {
     "custom_jvp_call": "call_jaxpr",
     "custom_vjp_call": "call_jaxpr",
     "custom_vmap_call": "call",
+    "composite": "call_jaxpr",
 }
 
 
@@ -48,7 +62,9 @@ def invariant(fn: Callable[..., Any], rules: Sequence[Rule] | None = None) -> Ca
     `ValueError`: JAX would transpose broadcasts and gathers to sums in an order of its own.
 
     Args:
-        fn: any function of pytrees of arrays; other arguments are static.
+        fn: any function of pytrees of arrays and numbers; other arguments are static. Numbers and bools are traced:
+            bind a flag that decides what is computed beforehand (`functools.partial`). What `fn` writes into an
+            argument, as a Flax NNX module's statistics, is lost: return it.
         rules: the first that matches a primitive decides; one that matches nothing is warned of.
 
     Returns:
@@ -123,6 +139,7 @@ class _Walk:
         self.used: set[Rule] = set()
         self.entries: dict[int, Entry] = {}
         self.callers: list[str] = []
+        self.scopes: list[str] = []
 
     @property
     def unused(self) -> tuple[Rule, ...]:
@@ -152,33 +169,46 @@ class _Walk:
     def eqn(self, eqn: Any, args: list[Any], feeds_psum: bool) -> Sequence[Any]:
         name, params = eqn.primitive.name, eqn.params
         if name in _CALLS:
-            return self._call(eqn, args)
+            with self._scope(eqn):
+                return self._call(eqn, args)
         structured = (
             getattr(self, f"_{name}", None) if name in ("scan", "while", "cond", "shard_map") else None
         )
         if structured is not None:
-            return structured(params, args)
+            with self._scope(eqn):
+                return structured(params, args)
         if name in KERNELS:
             return self._kernel(eqn, args)
         if isinstance(args[0] if args else None, psums.Pending) and name not in psums.NAMES:
             self._note(eqn, "exact" if name in EXACT else "replaced")
             return [args[0].then(eqn)]
         rule = self._rule(eqn)
-        ordered = name in ("scatter", "sort")  # of integers too: which of several comes last
+        # of integers too: which of several comes last
+        ordered = name in ("scatter", "sort") or follows_the_batch(eqn)
         if name not in HIDDEN and not has_effects(eqn) and not has_floats(eqn) and not ordered:
             return self._exact(eqn, args)
+        if is_exact(eqn) or (name in SILENT and not eqn.outvars):
+            return self._exact(eqn, args)
+        if rule is not None and (rule.exclude or name in CONTRACTIONS):
+            self.used.add(rule)  # it has an effect here
         if rule is not None and rule.exclude:
             self._note(eqn, "excluded")
             return _bind(eqn, [psums.made(x) for x in args])
-        if is_exact(eqn) or (name in SILENT and not eqn.outvars):
-            return self._exact(eqn, args)
         reason = refusal(eqn)
         if reason is not None:
             return self._uncovered(eqn, [psums.made(x) for x in args], reason)
         leaves = LEAVES if rule is None or rule.leaves is None else rule.leaves
         if name in psums.NAMES:
             return self._psum(eqn, args)
-        self._note(eqn, "replaced")
+        try:
+            out = self._replacement(eqn, args, leaves, feeds_psum)
+        except ValueError as error:  # dtypes, lengths or a precision that the contract does not cover
+            return self._uncovered(eqn, [psums.made(x) for x in args], str(error), error)
+        self._note(eqn, "replaced", psums.BY_RANKS if name == "reduce_scatter" else "")
+        return out
+
+    def _replacement(self, eqn: Any, args: list[Any], leaves: int, feeds_psum: bool) -> Sequence[Any]:
+        name = eqn.primitive.name
         if name in psums.MADE_THERE:
             pending = psums.Pending(name, eqn, tuple(args), leaves)
             return [pending if feeds_psum else pending.alone()]
@@ -188,12 +218,14 @@ class _Walk:
         return out if eqn.primitive.multiple_results else [out]
 
     def _psum(self, eqn: Any, args: list[Any]) -> Sequence[Any]:
-        whole = all(isinstance(x, psums.Pending) and x.cuts(eqn.params["axes"]) for x in args)
+        reasons = {
+            x.condition(eqn.params["axes"]) if isinstance(x, psums.Pending) else psums.BY_RANKS for x in args
+        }
         try:
             out = [psums.psum(x, eqn.params["axes"]) for x in args]
         except ValueError as error:  # ranks or lengths that form no tree
             return self._uncovered(eqn, [psums.made(x) for x in args], str(error), error)
-        self._note(eqn, "replaced", "" if whole else "other bits for another number of ranks")
+        self._note(eqn, "replaced", "; ".join(sorted(reasons - {""})))
         return out
 
     def _kernel(self, eqn: Any, args: list[Any]) -> Sequence[Any]:
@@ -258,11 +290,20 @@ class _Walk:
 
     def _while(self, params: Any, args: list[Any]) -> list[Any]:
         of_cond, of_body = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
-        return lax.while_loop(
-            lambda state: self._either(params["cond_jaxpr"], [*args[:of_cond], *state])[0],
-            lambda state: self._either(params["body_jaxpr"], [*args[of_cond:of_body], *state]),
-            args[of_body:],
-        )
+
+        def running(state: list[Any]) -> Any:
+            return self._either(params["cond_jaxpr"], [*args[:of_cond], *state])[0]
+
+        def body(state: list[Any]) -> list[Any]:
+            new = self._either(params["body_jaxpr"], [*args[of_cond:of_body], *state])
+            live = running(state)
+            if not live.ndim:
+                return new
+            # Under vmap each row has its own end: a row that has ended stays as it is.
+            rows = [live.reshape(*live.shape, *(1,) * (x.ndim - live.ndim)) for x in new]
+            return [jnp.where(row, x, old) for row, x, old in zip(rows, new, state, strict=True)]
+
+        return lax.while_loop(lambda state: jnp.any(running(state)), body, args[of_body:])
 
     def _cond(self, params: Any, args: list[Any]) -> list[Any]:
         branches = [lambda *a, b=branch: self._either(b, list(a)) for branch in params["branches"]]
@@ -282,13 +323,20 @@ class _Walk:
     def _either(self, jaxpr: Any, args: list[Any]) -> list[Any]:
         return self.closed(jaxpr, args) if hasattr(jaxpr, "consts") else self.jaxpr(jaxpr, (), args)
 
+    @contextlib.contextmanager
+    def _scope(self, eqn: Any) -> Iterator[None]:
+        """While an equation's jaxpr is walked, whose own name stacks begin there."""
+        self.scopes.append(str(eqn.source_info.name_stack))
+        try:
+            yield
+        finally:
+            self.scopes.pop()
+
     def _rule(self, eqn: Any) -> Rule | None:
-        text = f"{eqn.source_info.name_stack} {eqn.primitive.name} {self._source(eqn)}"
-        for rule in self.rules:
-            if not rule.trust and fnmatch.fnmatchcase(text, f"*{rule.pattern}*"):
-                self.used.add(rule)
-                return rule
-        return None
+        scope = "/".join(filter(None, (*self.scopes, str(eqn.source_info.name_stack))))
+        text = f"{scope} {eqn.primitive.name} {self._source(eqn)}"
+        matching = (r for r in self.rules if not r.trust and fnmatch.fnmatchcase(text, f"*{r.pattern}*"))
+        return next(matching, None)
 
     def _source(self, eqn: Any) -> str:
         """The user's line; inside a function that JAX traced once for all, the line that calls it."""
@@ -300,7 +348,9 @@ class _Walk:
 
 
 def _array(x: Any, aval: Any) -> Any:
-    plain = not isinstance(x, jax.Array) or (jnp.result_type(x) == aval.dtype and x.weak_type)
+    plain = not isinstance(x, jax.Array) or (
+        jnp.result_type(x) == aval.dtype and getattr(x, "weak_type", False)
+    )
     return lax.convert_element_type(x, aval.dtype) if plain and not isinstance(x, psums.Pending) else x
 
 

@@ -51,7 +51,9 @@ EXACT = frozenset(
         "is_finite",
         "layout_constraint",
         "le",
+        "le_to",
         "lt",
+        "lt_to",
         "max",
         "min",
         "name",
@@ -164,9 +166,14 @@ _REMEDIES = {
 
 
 def has_floats(eqn: Any) -> bool:
-    """Whether an operand or a result is a floating-point or complex number."""
+    """Whether an operand, a result, or a value of a function that `eqn` holds is floating-point or complex."""
     avals = [v.aval for v in (*eqn.invars, *eqn.outvars)]
-    return any(jnp.issubdtype(a.dtype, jnp.inexact) for a in avals if hasattr(a, "dtype"))
+    if any(jnp.issubdtype(a.dtype, jnp.inexact) for a in avals if hasattr(a, "dtype")):
+        return True
+    held = jax.tree.leaves(
+        list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "jaxpr") or hasattr(x, "eqns")
+    )
+    return any(has_floats(e) for x in held for e in getattr(getattr(x, "jaxpr", x), "eqns", ()))
 
 
 def has_effects(eqn: Any) -> bool:
@@ -177,7 +184,12 @@ def has_effects(eqn: Any) -> bool:
 def is_exact(eqn: Any) -> bool:
     """Whether `eqn` is on the list; the magnitude and the sign of a complex number are none of it."""
     rounds = eqn.primitive.name in ("abs", "sign") and jnp.iscomplexobj(eqn.invars[0].aval)
-    return eqn.primitive.name in EXACT and not rounds
+    return eqn.primitive.name in EXACT and not rounds and not follows_the_batch(eqn)
+
+
+def follows_the_batch(eqn: Any) -> bool:
+    """Whether these are random bits of a key that gives others under vmap: all but threefry's."""
+    return eqn.primitive.name == "random_bits" and "fry" not in str(eqn.invars[0].aval.dtype)
 
 
 def refusal(eqn: Any) -> str | None:
@@ -185,6 +197,8 @@ def refusal(eqn: Any) -> str | None:
     name = eqn.primitive.name
     if name in HIDDEN or has_effects(eqn):
         return "it hides a computation, or has an effect"
+    if follows_the_batch(eqn):
+        return f"keys of {eqn.invars[0].aval.dtype} give other numbers in a batch; use threefry's"
     if name not in REPLACED and name not in CONTRACTIONS and name not in ("psum", "psum_invariant"):
         return _REMEDIES.get(name, "it has no order of the contract")
     if name == "scatter" and eqn.params["update_jaxpr"] is not None:

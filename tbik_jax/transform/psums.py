@@ -17,6 +17,7 @@ from ..pallas_kernels.common.tree import tree_join, tree_sum
 from ..pallas_kernels.tree_matmul.plan import LEAVES
 
 NAMES = ("psum", "psum_invariant")
+BY_RANKS = "other bits for another number of ranks"
 #: What is made where it is summed over ranks.
 MADE_THERE = ("dot_general", "reduce_sum")
 #: What may stand between: it moves elements, or is a rounding that is left out, or a type of check_vma=True.
@@ -61,6 +62,22 @@ class Pending:
         length = math.prod(self.args[0].shape[a] for a in self.eqn.params["axes"])
         ranks = math.prod(lax.axis_size(a) for a in axes)
         return ranks <= LEAVES and LEAVES % ranks == 0 and length > 0 and length * ranks % LEAVES == 0
+
+    def condition(self, axes: Axes) -> str:
+        """Under which condition the bits are those of one rank that has it all; "" where nothing else is possible.
+
+        Where the parts of the ranks lie in the whole is for the caller's shardings to say, which are not seen here.
+        """
+        if not self.cuts(axes):
+            return BY_RANKS
+        reduced = (
+            self.eqn.params["dimension_numbers"][0][0]
+            if self.name == "dot_general"
+            else self.eqn.params["axes"]
+        )
+        if len(axes) == 1 and len(reduced) == 1:
+            return ""
+        return f"as on one device if the first of the dimensions summed is cut over {axes} in this order, and no other"
 
     def over(self, axes: Axes) -> jax.Array:
         """The sum over all ranks: of a product over K, of a sum over the ranks' rows end to end, in eight leaves."""

@@ -41,7 +41,7 @@ _JOINS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
 
 def scatter(eqn: Any, operand: jax.Array, indices: jax.Array, updates: jax.Array) -> jax.Array:
     """The scatter `eqn` in one order, in fp32; `operand` meets the joined updates, and is rounded once."""
-    if not updates.size:
+    if not updates.size or not operand.size:
         return operand
     dnums = eqn.params["dimension_numbers"]
     clip = lax.GatherScatterMode.from_any(eqn.params["mode"]) == lax.GatherScatterMode.CLIP
@@ -118,13 +118,20 @@ def _places(
     inside = jnp.ones(indices.shape[:-1], bool)
     for j, dim in enumerate(dnums.scatter_dims_to_operand_dims):
         most = operand.shape[dim] - sizes[dim]
-        start = indices[..., j]
+        start = _as_int32(indices[..., j])
         inside &= (start >= 0) & (start <= most) | clip
-        found += jnp.clip(start, 0, most).astype(jnp.int32) * strides[dim]
+        found += jnp.clip(start, 0, most) * strides[dim]
     pairs = zip(dnums.operand_batching_dims, dnums.scatter_indices_batching_dims, strict=True)
     for dim, of_indices in pairs:
         found += lax.broadcasted_iota(jnp.int32, found.shape, of_indices) * strides[dim]
     return jnp.where(inside, found, -1)
+
+
+def _as_int32(x: jax.Array) -> jax.Array:
+    """Indices of any integer dtype; what int32 does not hold is out of range either way."""
+    info = jnp.iinfo(x.dtype)
+    least, most = (max(info.min, -(2**31)), min(info.max, 2**31 - 1))
+    return jnp.clip(x, np.asarray(least, x.dtype), np.asarray(most, x.dtype)).astype(jnp.int32)
 
 
 def _offsets(operand: jax.Array, sizes: tuple[int, ...]) -> np.ndarray:
