@@ -12,6 +12,7 @@ parameters have the same fingerprint on every pair of meshes. Without GPUs it ru
 import dataclasses
 import functools
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -34,6 +35,7 @@ from tbik_jax import rl
 from tbik_jax.mesh import mesh_label
 from tbik_jax.models import Qwen3, Qwen3Config
 from tbik_jax.optimizers import clip_by_global_norm, mixed_precision
+from tbik_jax.steps import NUMERICS
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The task: sums of two digits, in ASCII.
@@ -163,14 +165,13 @@ class Run:
             jax.block_until_ready(nnx.state(model))
             times.append(time.perf_counter())
             rollout = self._rollout(model, index)
+            del model  # else two copies of it are there when the next one is handed over
             times.append(time.perf_counter())
             rewards = rollout.rewards(reward)
             batch = rollout.batch(self.model, rl.group_advantages(rewards), width=WIDTH)
             loss, aux = step(self.model, optimizer, batch)
             report = rl.divergence(batch, aux["logprobs"])
             times.append(time.perf_counter())
-            if self.numerics == "invariant":
-                report.check()
             self.rewards.append(float(rewards.mean()))
             yield {
                 "numerics": self.numerics,
@@ -191,6 +192,8 @@ class Run:
                     )
                 ),
             }
+            if self.numerics == "invariant":  # what differs has been logged
+                report.check()
 
     def _rollout(self, model: Qwen3, index: int) -> rl.Rollout:
         rng = np.random.default_rng((self.seed, 1, index))
@@ -227,7 +230,7 @@ def main(
     group_size: Annotated[int, typer.Option(min=2, help="samples of a prompt")] = 8,
     warmup: Annotated[int, typer.Option(min=0, help="supervised steps")] = 20,
     steps: Annotated[int, typer.Option(min=1, help="of GRPO")] = 50,
-    learning_rate: Annotated[float, typer.Option(help="of AdamW in GRPO")] = 1e-3,
+    learning_rate: Annotated[float, typer.Option(min=0, help="of AdamW in GRPO")] = 1e-3,
     log: Annotated[Path | None, typer.Option(help="file: one JSON object a step")] = None,
     plot: Annotated[Path | None, typer.Option(help="image: success rate and divergence against step")] = None,
 ) -> None:
@@ -247,39 +250,69 @@ def main(
             learning_rate=learning_rate,
         )
         console.print(f"rollout on {mesh_label(settings.rollout_mesh)}, trainer on {mesh_label(trainer)}")
-        if log is not None:
-            log.write_text("")
+        names = kinds(numerics)
+        for option, file in (("--log", log), ("--plot", plot)):
+            check_new(option, file)
         for seed in range(seeds):
-            for name in numerics.split(","):
-                records += follow(Run(settings, name.strip().replace("-", "_"), seed), console, log)
-    except (ValueError, rl.DivergenceError) as error:
+            for name in names:
+                follow(Run(settings, name, seed), console, log, records)
+    except (ValueError, OSError, FloatingPointError, rl.DivergenceError) as error:
         console.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
         sys.exit(2)
     if plot is not None:
         draw(records, plot)
 
 
-def follow(run: Run, console: Console, log: Path | None) -> list[dict[str, Any]]:
-    """Does a run, shows its progress and prints what came of it."""
+def kinds(text: str) -> list[str]:
+    """The numerics that "invariant,plain" names."""
+    names = [name.strip().replace("-", "_") for name in text.split(",")]
+    for name in names:
+        if name not in NUMERICS or names.count(name) > 1:
+            raise ValueError(
+                f"--numerics {text}: {name!r} is unknown or there twice; use {', '.join(NUMERICS)}"
+            )
+    return names
+
+
+def check_new(option: str, file: Path | None) -> None:
+    """Refuses, before anything is computed, a file that cannot be written or is there already."""
+    if file is None:
+        return
+    if file.exists():
+        raise ValueError(f"{option} {file}: it exists already; name another file, or remove it")
+    if not file.parent.is_dir():
+        raise ValueError(f"{option} {file}: there is no folder {file.parent}")
+    formats = plt.figure().canvas.get_supported_filetypes()
+    plt.close()
+    if option == "--plot" and file.suffix.removeprefix(".") not in formats:
+        raise ValueError(f"--plot {file} is no image; use one of {', '.join(sorted(formats))}")
+
+
+def follow(run: Run, console: Console, log: Path | None, records: list[dict[str, Any]]) -> None:
+    """Does a run, shows its progress, prints what came of it and adds to the records."""
     columns = (*Progress.get_default_columns(), TimeElapsedColumn(), TextColumn("{task.fields[state]}"))
-    records = []
     with Progress(*columns, console=console) as bar:
         task = bar.add_task(
             f"{run.numerics}, seed {run.seed}", total=run.settings.steps, state="supervised warm-up"
         )
         loss = run.warm_up()
-        console.print(f"[bold]{run.numerics}, seed {run.seed}[/bold]: loss {loss:.4f} after the warm-up")
+        after = f": loss {loss:.4f} after the warm-up" if run.settings.warmup else ""
+        console.print(f"[bold]{run.numerics}, seed {run.seed}[/bold]{after}")
         for record in run.reinforce():
             records.append(record)
             if log is not None:
                 with log.open("a") as file:
-                    file.write(json.dumps(record) + "\n")
+                    file.write(json.dumps({k: finite(v) for k, v in record.items()}) + "\n")
             bar.update(task, advance=1, state=f"reward {record['reward']:.3f}  KL {record['kl']:.1e}")
             if record["step"] % 10 == 0 or record["step"] in (1, run.settings.steps):
                 console.print(line(record), soft_wrap=True)
     rewards, parameters = run.fingerprints()
     console.print(f"  rewards {rewards[:16]}, parameters {parameters[:16]}")
-    return records
+
+
+def finite(value: Any) -> Any:
+    """As JSON has it: it knows no NaN and no infinity."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def line(record: dict[str, Any]) -> str:
@@ -328,6 +361,8 @@ def parse_mesh(option: str, text: str, devices: list[jax.Device]) -> Mesh:
     if not all(len(pair) == 2 and pair[1].strip().isdigit() for pair in pairs):
         raise ValueError(f"{option} {text} is no list such as data=2,tp=4")
     sizes = {name.strip(): int(size) for name, size in pairs}
+    if len(sizes) < len(pairs):
+        raise ValueError(f"{option} {text} names an axis twice")
     unknown = set(sizes) - {"data", "fsdp", "tp"}
     if unknown:
         raise ValueError(f"{option} {text}: axis {min(unknown)} is unknown; use data, fsdp and tp")

@@ -119,11 +119,52 @@ def test_a_batch_holds_every_token_in_its_place():
         ),
         (_rollout(), {"advantages": np.zeros(4, np.float32)}, "advantages of shape (4,) must be [2, 2]"),
         (_rollout(), {"width": 4}, "a sample of 5 tokens does not fit width=4; use 16"),
+        (
+            _rollout(),
+            {"advantages": np.array([[1, -1], [np.nan, 0]], np.float32)},
+            "the advantage of prompt 1, sample 0 is nan",
+        ),
     ],
 )
 def test_what_cannot_be_trained_on_policy_is_refused(rollout, options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         rollout.batch(small_model(), **{"advantages": ADVANTAGES} | options)
+
+
+@pytest.mark.parametrize(("longest", "width"), [(16, 16), (17, 32), (24, 32), (25, 32), (33, 48)])
+def test_the_width_of_a_batch_cuts_into_leaves_for_eight_rows(longest, width):
+    """24 is a bucket, and 8 rows of 24 tokens are no eight leaves of a multiple of 16."""
+    tokens = [np.ones(longest - 3, np.int32), *_rollout().tokens[1:]]
+    logprobs = [np.zeros(len(row), np.float32) for row in tokens]
+    batch = _rollout(tokens=tokens, logprobs=logprobs).batch(small_model(), ADVANTAGES)
+    assert batch["tokens"].shape == (4, width) and 8 * width % (8 * 16) == 0
+
+
+@pytest.mark.parametrize("cause", ["the same", "prompt", "numerics", "kept mass"])
+def test_what_breaks_the_guarantee_is_seen(cause):
+    """Of the causes in docs/rl.md those that only the bits can show."""
+    model, mesh = small_model(), tbik_jax.make_mesh(tp=4)
+    prompts, new = [[5, 6, 7], [5, 6, 7], [8, 9], [8, 9]], [[1, 2], [3], [4, 4, 4], [2, 1]]
+
+    def logprobs(before=(), numerics="invariant"):
+        rows = [[*before, *p, *t] for p, t in zip(prompts, new, strict=True)]
+        found = tbik_jax.score(model, rows, mesh=mesh, numerics=numerics)
+        return [row[-len(t) :] for row, t in zip(found, new, strict=True)]
+
+    rollout = logprobs(
+        before=(9,) if cause == "prompt" else (), numerics="plain" if cause == "numerics" else "invariant"
+    )
+    if cause == "kept mass":
+        rollout = [row - np.float32(np.log(0.9)) for row in rollout]
+    batch = _rollout(logprobs=rollout).batch(model, ADVANTAGES)
+    train = np.zeros_like(batch["rollout_logprobs"])
+    train[batch["weights"] > 0] = np.concatenate(logprobs())
+    report = rl.divergence(batch, train)
+    if cause == "the same":
+        report.check()
+        return
+    with pytest.raises(rl.DivergenceError, match="sampled tokens have another log-probability"):
+        report.check()
 
 
 @pytest.fixture
@@ -233,5 +274,8 @@ def test_only_comparable_arrays_are_compared():
         ValueError, match=re.escape("train_logprobs are float32 (4, 16); they must be float32 (4, 15)")
     ):
         rl.divergence(batch, np.zeros((4, 16), np.float32))
+    wide = dict(batch, rollout_logprobs=batch["rollout_logprobs"].astype(np.float64))
+    with pytest.raises(ValueError, match="rollout_logprobs are float64"):
+        rl.divergence(wide, batch["rollout_logprobs"])
     with pytest.raises(ValueError, match="no sampled token"):
         rl.divergence(dict(batch, weights=np.zeros((4, 15), np.float32)), batch["rollout_logprobs"])

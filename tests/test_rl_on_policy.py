@@ -4,12 +4,16 @@ import importlib.util
 import json
 import re
 import sys
+import types
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+import typer
 from flax import nnx
+from rich.console import Console
+from typer.testing import CliRunner
 
 import tbik_jax
 from tbik_jax import rl
@@ -100,6 +104,54 @@ def test_a_stale_rollout_ends_an_invariant_run(example, runs, monkeypatch):
     monkeypatch.setattr(rl, "hand_over", once)
     with pytest.raises(rl.DivergenceError, match=r"sequence \d+ at position \d+ .*: rollout -.*, trainer -"):
         _three_steps(example, "invariant", {"tp": 4}, {"fsdp": 2, "tp": 2})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--numerics", "invariant,plian"],
+            "'plian' is unknown or there twice; use invariant, plain, batch_invariant",
+        ),
+        (["--numerics", "plain,plain"], "unknown or there twice"),
+        (["--log", "kept.jsonl"], "it exists already; name another file"),
+        (["--plot", "kept.jsonl"], "it exists already; name another file"),
+        (["--log", "nowhere/new.jsonl"], "there is no folder nowhere"),
+        (["--plot", "new.foo"], "is no image; use one of"),
+        (["--train-mesh", "fsdp=2,fsdp=4"], "--train-mesh fsdp=2,fsdp=4 names an axis twice"),
+        (["--rollout-mesh", "tp=3"], "tp=3"),
+    ],
+    ids=str,
+)
+def test_a_mistake_at_the_command_line_is_a_line_before_anything_is_done(
+    example, arguments, message, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "kept.jsonl").write_text("mine")
+    monkeypatch.setattr(example, "Run", None)  # nothing is trained
+    app = typer.Typer()
+    app.command()(example.main)
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2, result.output
+    assert message in " ".join(result.output.split()) and "Traceback" not in result.output
+    assert (tmp_path / "kept.jsonl").read_text() == "mine"
+
+
+def test_the_step_that_differs_is_logged_before_the_run_ends(example, tmp_path, monkeypatch):
+    def reinforce(self):
+        yield {"step": 1, "reward": 0.5, "kl": float("nan")}
+        raise rl.DivergenceError("1 of 8 sampled tokens")
+
+    run = types.SimpleNamespace(
+        settings=types.SimpleNamespace(steps=2, warmup=0), numerics="invariant", seed=0, warm_up=lambda: 0.0
+    )
+    run.reinforce = lambda: reinforce(run)
+    monkeypatch.setattr(example, "line", lambda record: "")
+    records = []
+    with pytest.raises(rl.DivergenceError):
+        example.follow(run, Console(), tmp_path / "log.jsonl", records)
+    [record] = [json.loads(text) for text in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert record == {"step": 1, "reward": 0.5, "kl": None} and len(records) == 1
 
 
 def test_the_loop_in_the_documentation_runs(example, runs, monkeypatch, capsys):

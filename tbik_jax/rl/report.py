@@ -72,9 +72,13 @@ def divergence(batch: dict[str, np.ndarray], train_logprobs: jax.typing.ArrayLik
         train_logprobs: float32 [B, T - 1], `aux["logprobs"]` of the train step.
 
     Raises:
-        ValueError: log-probabilities of another shape or dtype, or a batch without a sampled token.
+        ValueError: log-probabilities of another shape or dtype on either side, or a batch without a sampled token.
     """
     rollout, train = batch["rollout_logprobs"], np.asarray(train_logprobs)
+    if rollout.dtype != np.float32:
+        raise ValueError(
+            f"rollout_logprobs are {rollout.dtype}; bits are compared, so they must be the rollout's own float32"
+        )
     if train.shape != rollout.shape or train.dtype != np.float32:
         raise ValueError(
             f"train_logprobs are {train.dtype} {train.shape}; they must be float32 {rollout.shape}, as in the batch"

@@ -55,15 +55,15 @@ class Rollout:
         Args:
             trainer: the model that will be trained on them.
             advantages: float32 [prompts, group_size].
-            width: tokens T of a row; by default the longest sample's, rounded up to a bucket.
+            width: tokens T of a row; by default the longest sample's, rounded up to a bucket that is a multiple of 16.
 
         Returns:
             B = prompts * group_size rows: tokens int32 [B, T], padded with 0; weights float32 [B, T - 1], 1 where the
             next token was sampled; rollout_logprobs float32 [B, T - 1], 0 elsewhere; advantages float32 [B].
 
         Raises:
-            ValueError: the trainer's dtype or config is not the rollout's; advantages of another shape; a sample is
-                longer than `width`.
+            ValueError: the trainer's dtype or config is not the rollout's; advantages of another shape, or not finite;
+                a sample is longer than `width`.
         """
         _check_trainer(trainer, self)
         if np.shape(advantages) != (len(self.tokens) // self.group_size, self.group_size):
@@ -71,12 +71,19 @@ class Rollout:
             raise ValueError(
                 f"advantages of shape {np.shape(advantages)} must be [{groups}, {self.group_size}], one a sample"
             )
-        longest = max(len(p) + len(t) for p, t in zip(self.prompts, self.tokens, strict=True))
-        width = bucket(longest) if width is None else width
-        if width < longest:
+        if not np.isfinite(advantages).all():
+            row, column = (int(i) for i in np.argwhere(~np.isfinite(advantages))[0])
             raise ValueError(
-                f"a sample of {longest} tokens does not fit width={width}; use {bucket(longest)}"
+                f"the advantage of prompt {row}, sample {column} is {np.asarray(advantages)[row, column]}; it would "
+                "make every parameter NaN: look at its reward"
             )
+        longest = max(len(p) + len(t) for p, t in zip(self.prompts, self.tokens, strict=True))
+        fitting = (
+            -(-bucket(longest) // 16) * 16
+        )  # so that eight rows, or ranks, cut into the leaves of a gradient
+        width = fitting if width is None else width
+        if width < longest:
+            raise ValueError(f"a sample of {longest} tokens does not fit width={width}; use {fitting}")
         rows = len(self.tokens)
         tokens = np.zeros((rows, width), np.int32)
         weights, logprobs = np.zeros((2, rows, width - 1), np.float32)
