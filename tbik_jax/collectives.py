@@ -197,18 +197,40 @@ def _psum(x: jax.Array, axes: tuple[str, ...], transport: Transport, dtype: jnp.
         every = lax.all_gather(x, axes)
         return round_to(_one_nan(tree_join([every[i] for i in range(ranks)])), dtype)
     if transport == "all_to_all":
-        shares = lax.all_to_all(x.reshape(ranks, x.size // ranks), axes, split_axis=0, concat_axis=0)
-        mine = round_to(_one_nan(tree_join([shares[i] for i in range(ranks)])), dtype)
-        return _gather_bits(mine, axes).reshape(x.shape)
+        return gather_shares(join_shares(exchange_shares(x, axes), dtype), axes).reshape(x.shape)
     for axis, bit in _levels(axes):
         x = x + _exchange(x, axis, bit)  # commutative but for NaN
     return round_to(_one_nan(x), dtype)
 
 
-def _gather_bits(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    """The ranks' x [n] end to end. They travel as integers: XLA would widen small floats on some backends."""
+def exchange_shares(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """What the ranks have, fp32, of the share of x that this one adds up: [ranks, x.size / ranks]."""
+    ranks = math.prod(lax.axis_size(a) for a in axes)
+    return lax.all_to_all(x.reshape(ranks, x.size // ranks), axes, split_axis=0, concat_axis=0)
+
+
+def join_shares(shares: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """The tree's sum of what the ranks have [ranks, n], rounded once, [n]."""
+    return round_to(_one_nan(tree_join(list(shares))), dtype)
+
+
+def gather_shares(x: jax.Array, axes: tuple[str, ...], *, copied: bool = False) -> jax.Array:
+    """The ranks' sums [n] end to end. They travel as integers: XLA would widen small floats on some backends.
+
+    Args:
+        x: this rank's.
+        axes: of the ranks.
+        copied: hand a copy to each rank by an all-to-all instead, which copy engines can carry beside other work.
+    """
     unsigned = {2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
-    bits = lax.all_gather(lax.bitcast_convert_type(x, unsigned), axes, tiled=True)
+    bits = lax.bitcast_convert_type(x, unsigned)
+    if copied:
+        ranks = math.prod(lax.axis_size(a) for a in axes)
+        # The barrier keeps the copies from being computed once each.
+        copies = jnp.broadcast_to(lax.optimization_barrier(bits), (ranks, x.size))
+        bits = lax.all_to_all(copies, axes, split_axis=0, concat_axis=0).reshape(-1)
+    else:
+        bits = lax.all_gather(bits, axes, tiled=True)
     return lax.bitcast_convert_type(bits, x.dtype)
 
 

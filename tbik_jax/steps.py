@@ -7,7 +7,8 @@ are cached by (model structure, mesh, numerics), and by shape inside `jit`.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +22,7 @@ from jax.sharding import PartitionSpec as P
 from .layers import InvariantNumerics, Numerics, Parallel, PlainNumerics, VocabStatistics
 from .layers.base import FSDP, TP, chosen_logprobs
 from .layers.batch_invariant import BatchInvariantNumerics
+from .layers.turns import ParallelInTurns
 from .loading import parameter_path, parameter_shardings
 from .memory import check_parameters
 from .mesh import BATCH_AXES
@@ -36,6 +38,14 @@ NUMERICS = ("invariant", "plain", "batch_invariant")
 #: How invariant programs are compiled. XLA may otherwise drop bfloat16 roundings inside fusions; and where a loop over
 #: layers slices a stack of caches, it may hand a kernel that writes its cache in place two places instead of one.
 INVARIANT_OPTIONS = {"xla_allow_excess_precision": False, "xla_gpu_enable_dynamic_slice_fusion": False}
+
+
+#: Tokens of a pass of prefill, from which on two halves that take turns are quicker than one after the other.
+OVERLAPPED_TOKENS = 2048
+
+#: How prefill is compiled besides: an all-to-all within a host takes copy engines, which leave the multiprocessors to
+#: the matmuls that run meanwhile.
+PREFILL_OPTIONS = {"xla_gpu_use_memcpy_local_p2p": True}
 
 
 class Decoded(NamedTuple):
@@ -218,7 +228,8 @@ class Steps:
         caches = cache_spec(config, stacked=self.scan_layers)
         rows: Any = P(BATCH_AXES)  # specs stand where arrays will
         scalar, tables = P(), (P(), P())
-        self.prefill = self._jit(self._prefill, (caches, rows, rows, scalar, tables), caches, donate=(1,))
+        prefill_in = (caches, rows, rows, scalar, tables)
+        self.prefill = self._jit(self._prefill, prefill_in, caches, donate=(1,), more_options=PREFILL_OPTIONS)
         sampling = SamplingArrays(temperature=rows, top_k=rows, top_p=rows, key=rows)
         state = self.state_spec = DecodeState(scalar, rows, rows, rows, Decoded(rows, rows, rows))
         # Whether the vocabulary is sorted is compiled in.
@@ -256,7 +267,12 @@ class Steps:
         return self._jit(body, in_specs, (caches, rows, rows, P(TP, BATCH_AXES)), donate=(1,))
 
     def _jit(
-        self, body: Callable[..., Any], in_specs: Any, out_specs: Any, donate: tuple[int, ...] = ()
+        self,
+        body: Callable[..., Any],
+        in_specs: Any,
+        out_specs: Any,
+        donate: tuple[int, ...] = (),
+        more_options: Mapping[str, bool] = MappingProxyType({}),
     ) -> Program:
         # The butterfly ends replicated over tp, which shard_map's check cannot infer from ppermute.
         mapped = jax.shard_map(
@@ -266,7 +282,8 @@ class Steps:
             out_specs=out_specs,
             check_vma=False,
         )
-        options = INVARIANT_OPTIONS if isinstance(self._parallel.numerics, InvariantNumerics) else {}
+        invariant = isinstance(self._parallel.numerics, InvariantNumerics)
+        options = {**INVARIANT_OPTIONS, **more_options} if invariant else {}
         return Program(jax.jit(mapped, donate_argnums=donate, compiler_options=options))
 
     def cache_shapes(self, batch: int, capacity: int) -> Cache:
@@ -292,8 +309,21 @@ class Steps:
     ) -> Cache:
         """Writes the positions start .. start + T - 1 of tokens [B, T] to the cache."""
         batch = _batch(tokens, start + jnp.arange(tokens.shape[1]), lengths, tables)
-        _, forward = self._model(parameters)
-        return forward(batch, cache)[1]
+        model, forward = self._model(parameters)
+        in_turns = self._in_turns(*tokens.shape)
+        if in_turns is None or not isinstance(cache, tuple):
+            return forward(batch, cache)[1]
+        return model.prefill_in_turns(batch, cache, in_turns)
+
+    def _in_turns(self, rows: int, width: int) -> ParallelInTurns | None:
+        """With what two halves of `width` positions of a rank's rows take turns, where sums over tp cost time."""
+        numerics = self._parallel.numerics
+        if self.mesh.shape[TP] == 1 or width % 2 or rows * width < OVERLAPPED_TOKENS:
+            return None
+        if type(numerics) is not InvariantNumerics:  # not those derived from it, which add up otherwise
+            return None
+        # Over fsdp each half would gather the weights.
+        return None if self._parallel.fsdp_dims else ParallelInTurns(numerics=numerics)
 
     def _decode(
         self,

@@ -6,7 +6,7 @@ and a decode step are the same call.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,8 @@ from flax import nnx
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ...layers.base import Parallel
+from ...layers.base import Parallel, Turns, alone
+from ...layers.turns import ParallelInTurns, alternate
 from .config import Qwen3Config
 from .sharding import CACHE_SPEC
 
@@ -50,6 +51,13 @@ class Batch:
     lengths: jax.Array
     cos: jax.Array
     sin: jax.Array
+
+    def halves(self) -> list["Batch"]:
+        """The first half of the positions, and the second."""
+        tokens, positions = (jnp.split(x, 2, axis=1) for x in (self.tokens, self.positions))
+        return [
+            dataclasses.replace(self, tokens=t, positions=p) for t, p in zip(tokens, positions, strict=True)
+        ]
 
 
 def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, dtype: jax.typing.DTypeLike) -> nnx.Param:
@@ -90,10 +98,13 @@ class Attention(nnx.Module):
         self.q_norm = RmsNorm(h, config.rms_norm_eps, dtype)
         self.k_norm = RmsNorm(h, config.rms_norm_eps, dtype)
 
-    def __call__(
+    def queries(
         self, x: jax.Array, batch: Batch, cache: LayerCache | None, parallel: Parallel
     ) -> tuple[jax.Array, LayerCache]:
-        """Without a cache the keys are those of the batch, from position 0 on."""
+        """Queries [B, T, N, H] of x [B, T, D], and the cache with its keys and values.
+
+        Without a cache the keys are those of the batch, from position 0 on.
+        """
         ops = parallel.numerics
         weight = parallel.weight("qkv_weight_kghd", self.qkv_weight_kghd[...])
         kv_heads, g, h, d = weight.shape
@@ -113,10 +124,16 @@ class Attention(nnx.Module):
             cache.v,
             eps=self.q_norm.eps,
         )
-        cache = LayerCache(k, v)
-        out = ops.attention(q, cache.k, cache.v, batch.positions)
+        return q, LayerCache(k, v)
+
+    def found(self, q: jax.Array, batch: Batch, cache: LayerCache, parallel: Parallel) -> jax.Array:
+        """What the queries [B, T, N, H] find in the cache, [B, T, N * H]."""
+        return parallel.numerics.attention(q, cache.k, cache.v, batch.positions).reshape(*q.shape[:2], -1)
+
+    def out_weight(self, parallel: Parallel) -> jax.Array:
+        """[N * H, D]."""
         weight = parallel.weight("o_weight_kqhd", self.o_weight_kqhd[...])
-        return ops.row_parallel(out.reshape(*x.shape[:2], -1), weight.reshape(-1, d)), cache
+        return weight.reshape(-1, weight.shape[-1])
 
 
 class Mlp(nnx.Module):
@@ -127,12 +144,26 @@ class Mlp(nnx.Module):
         self.gate_up_weight_cfd = _normal(rngs, (2, f, d), d, dtype)
         self.down_weight_fd = _normal(rngs, (f, d), f, dtype)
 
-    def __call__(self, x: jax.Array, parallel: Parallel) -> jax.Array:
-        ops = parallel.numerics
+    def hidden(self, x: jax.Array, parallel: Parallel) -> jax.Array:
+        """SwiGLU [B, T, F] of x [B, T, D]."""
         weight = parallel.weight("gate_up_weight_cfd", self.gate_up_weight_cfd[...])
         _, f, d = weight.shape
-        hidden = ops.gated_column_parallel(x, weight.reshape(2 * f, d))
-        return ops.row_parallel(hidden, parallel.weight("down_weight_fd", self.down_weight_fd[...]))
+        return parallel.numerics.gated_column_parallel(x, weight.reshape(2 * f, d))
+
+    def down_weight(self, parallel: Parallel) -> jax.Array:
+        """[F, D]."""
+        return parallel.weight("down_weight_fd", self.down_weight_fd[...])
+
+
+class Stream(NamedTuple):
+    """A residual stream [B, T, D], and what is still to be added to it."""
+
+    x: jax.Array
+    pending: jax.Array | None = None
+
+    def total(self, parallel: Parallel) -> jax.Array:
+        """Both added."""
+        return self.x if self.pending is None else parallel.numerics.add(self.x, self.pending)
 
 
 class Layer(nnx.Module):
@@ -148,18 +179,39 @@ class Layer(nnx.Module):
         self.mlp = Mlp(config, dtype, rngs)
 
     def __call__(
-        self,
-        x: jax.Array,
-        pending: jax.Array | None,
-        batch: Batch,
-        cache: LayerCache | None,
-        parallel: Parallel,
-    ) -> tuple[jax.Array, jax.Array, LayerCache]:
-        """The residual stream [B, T, D] and what is to be added to it, in and out."""
-        x, normalised = self.input_norm(x, pending, parallel)
-        out, cache = self.attention(normalised, batch, cache, parallel)
-        x, normalised = self.post_attention_norm(x, out, parallel)
-        return x, self.mlp(normalised, parallel), cache
+        self, stream: Stream, batch: Batch, cache: LayerCache | None, parallel: Parallel
+    ) -> tuple[Stream, LayerCache]:
+        """The residual stream and what is to be added to it, in and out."""
+        box = [cache]
+        stream = alone(self.turns(stream, batch, box, parallel))
+        assert box[0] is not None
+        return stream, box[0]
+
+    def turns(
+        self, stream: Stream, batch: Batch, cache: list[LayerCache | None], parallel: Parallel
+    ) -> Turns[Stream]:
+        """The same in turns, with others in between: the cache is the only entry of a list, and is put there.
+
+        Attention is a turn of its own behind the cache's, and each sum over tp ends one and takes one.
+        """
+        x, q = self.write(stream, batch, cache, parallel)
+        q = yield q, q
+        assert cache[0] is not None
+        found = self.attention.found(q, batch, cache[0], parallel)
+        found = yield found, found
+        attended = yield from parallel.row_parallel(found, self.attention.out_weight(parallel))
+        x, normalised = self.post_attention_norm(x, attended, parallel)
+        hidden = self.mlp.hidden(normalised, parallel)
+        hidden = yield hidden, hidden
+        return Stream(x, (yield from parallel.row_parallel(hidden, self.mlp.down_weight(parallel))))
+
+    def write(
+        self, stream: Stream, batch: Batch, cache: list[LayerCache | None], parallel: Parallel
+    ) -> tuple[jax.Array, jax.Array]:
+        """Puts keys and values into the cache; returns the residual stream [B, T, D] and queries [B, T, N, H]."""
+        x, normalised = self.input_norm(*stream, parallel)
+        q, cache[0] = self.attention.queries(normalised, batch, cache[0], parallel)
+        return x, q
 
 
 class Qwen3(nnx.Module):
@@ -213,29 +265,65 @@ class Qwen3(nnx.Module):
         Returns:
             Normalised hidden states [B, T, D], and the cache with the batch's positions.
         """
-        ops, pending = parallel.numerics, None
-        x = ops.embedding(batch.tokens, parallel.weight("embedding_vd", self.embedding_vd[...]))
-        outputs = [x]
+        stream = self._embedded(batch, parallel)
+        outputs = [stream.x]
         if isinstance(cache, tuple):
             layer_caches = []
             for layer, layer_cache in zip(self.layers, cache, strict=True):
-                x, pending, layer_cache = layer(x, pending, batch, layer_cache, parallel)
-                outputs.extend([] if taps is None else [ops.add(x, pending)])
+                stream, layer_cache = layer(stream, batch, layer_cache, parallel)
+                outputs.extend([] if taps is None else [stream.total(parallel)])
                 layer_caches.append(layer_cache)
             cache = tuple(layer_caches)
         else:
 
             def step(x: jax.Array, layer_and_cache: Any) -> tuple[jax.Array, Any]:
                 layer = nnx.merge(nnx.graphdef(self.layers[0]), layer_and_cache[0])
-                x, pending, layer_cache = layer(x, None, batch, layer_and_cache[1], parallel)
-                x = ops.add(x, pending)  # all layers are one program, and nothing is pending before the first
+                stream, layer_cache = layer(Stream(x), batch, layer_and_cache[1], parallel)
+                x = stream.total(
+                    parallel
+                )  # all layers are one program, and nothing is pending before the first
                 return x, (layer_cache, None if taps is None else x)
 
-            x, (cache, each) = lax.scan(step, x, (stacked, cache))
+            x, (cache, each) = lax.scan(step, stream.x, (stacked, cache))
+            stream = Stream(x)
             outputs.extend([] if taps is None else each)
         if taps is not None:
             taps.extend(outputs)
-        return self.final_norm(x, pending, parallel)[1], cache
+        return self.final_norm(*stream, parallel)[1], cache
+
+    def prefill_in_turns(
+        self, batch: Batch, cache: tuple[LayerCache, ...], parallel: ParallelInTurns
+    ) -> tuple[LayerCache, ...]:
+        """Fills the cache as `__call__` does, one half of the positions behind the other in every layer.
+
+        Args:
+            batch: tokens and positions [B, T], T even.
+            cache: an entry a layer.
+            parallel: numerics and mesh.
+
+        Returns:
+            The cache with the batch's positions.
+        """
+        caches: list[list[LayerCache | None]] = [[each] for each in cache]
+        halves = [self._cache_in_turns(each, caches, parallel) for each in batch.halves()]
+        # The second half is behind by an attention: each computes while what the other gave to a sum is on its way.
+        order = [0] + [0, 0, 1, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1] * len(cache)
+        alternate(halves, order)
+        return tuple(each for [each] in caches if each is not None)
+
+    def _cache_in_turns(
+        self, batch: Batch, caches: list[list[LayerCache | None]], parallel: Parallel
+    ) -> Turns[None]:
+        """Writes keys and values of the batch to every layer's cache."""
+        stream = self._embedded(batch, parallel)
+        for layer, cache in zip(self.layers[:-1], caches[:-1], strict=True):
+            stream = yield from layer.turns(stream, batch, cache, parallel)
+        *_, last = self.layers
+        last.write(stream, batch, caches[-1], parallel)
+
+    def _embedded(self, batch: Batch, parallel: Parallel) -> Stream:
+        table = parallel.weight("embedding_vd", self.embedding_vd[...])
+        return Stream(parallel.numerics.embedding(batch.tokens, table))
 
     def stacked_layers(self) -> Any:
         """The layers' parameters with a leading layer dimension: for one compiled layer instead of many.
@@ -268,27 +356,23 @@ class Qwen3(nnx.Module):
         Returns:
             Normalised hidden states [B, T, D].
         """
-        ops = parallel.numerics
 
-        def run(
-            index: int, state: Any, x: jax.Array, pending: jax.Array | None
-        ) -> tuple[jax.Array, jax.Array]:
+        def run(index: int, state: Any, stream: Stream) -> Stream:
             layer = nnx.merge(nnx.graphdef(self.layers[index]), state)
-            return layer(x, pending, batch, None, parallel)[:2]
+            return layer(stream, batch, None, parallel)[0]
 
         if remat:
             run = jax.checkpoint(run, static_argnums=(0,))
-        x = ops.embedding(batch.tokens, parallel.weight("embedding_vd", self.embedding_vd[...]))
+        stream = self._embedded(batch, parallel)
         if stacked is not None:
 
             def step(x: jax.Array, state: Any) -> tuple[jax.Array, None]:
-                return ops.add(*run(0, state, x, None)), None
+                return run(0, state, Stream(x)).total(parallel), None
 
-            return self.final_norm(lax.scan(step, x, stacked)[0], None, parallel)[1]
-        pending = None
+            return self.final_norm(lax.scan(step, stream.x, stacked)[0], None, parallel)[1]
         for index, layer in enumerate(self.layers):
-            x, pending = run(index, nnx.state(layer), x, pending)
-        return self.final_norm(x, pending, parallel)[1]
+            stream = run(index, nnx.state(layer), stream)
+        return self.final_norm(*stream, parallel)[1]
 
 
 def cache_shapes(

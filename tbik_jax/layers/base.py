@@ -1,7 +1,8 @@
 """The operations a model calls, and where its ranks stand in the mesh."""
 
 import dataclasses
-from typing import NamedTuple, Protocol
+from collections.abc import Generator
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -112,6 +113,20 @@ class Numerics(Protocol):
         ...
 
 
+#: What yields, where others may take a turn, what its next turn takes and what this one computed; see `turns`.
+type Turns[T] = Generator[tuple[Any, Any], Any, T]
+
+
+def alone[T](turns: Turns[T]) -> T:
+    """Runs something in turns from end to end."""
+    value = None
+    while True:
+        try:
+            value, _ = turns.send(value)
+        except StopIteration as end:
+            return end.value
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Parallel:
     """What a model needs to know inside `shard_map`.
@@ -130,6 +145,11 @@ class Parallel:
             if known == name:
                 return tree_all_gather(value, FSDP, axis=dim, tiled=True)
         return value
+
+    def row_parallel(self, x: jax.Array, w: jax.Array) -> Turns[jax.Array]:
+        """`Numerics.row_parallel`, here in one turn."""
+        yield from ()
+        return self.numerics.row_parallel(x, w)
 
 
 class TrainingNumerics(Numerics, Protocol):
@@ -170,9 +190,17 @@ def vocab_embedding(ids: jax.Array, table: jax.Array) -> jax.Array:
 
 
 def select_over_tp(x: jax.Array) -> jax.Array:
-    """The bits of the one rank whose `x` is not zero bits; an integer sum over tp."""
+    """The bits of the one rank whose `x` is not zero bits; an integer sum over tp.
+
+    Args:
+        x: of 32 bits an element; or of 16, of which two make a word where the last dimension is even.
+    """
     if lax.axis_size(TP) == 1:
         return x
+    if x.dtype.itemsize == 2 and x.ndim and x.shape[-1] % 2 == 0:
+        pairs = x.reshape(*x.shape[:-1], x.shape[-1] // 2, 2)
+        words = lax.psum(lax.bitcast_convert_type(pairs, jnp.uint32), TP)
+        return lax.bitcast_convert_type(words, x.dtype).reshape(x.shape)
     unsigned = {2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
     bits = lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
     return lax.bitcast_convert_type(lax.psum(bits, TP).astype(unsigned), x.dtype)

@@ -1,7 +1,6 @@
 """The invariant numerics: every reduction has one order, whatever the mesh and the batch."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -58,14 +57,19 @@ class InvariantNumerics:
         return tree_matmul(x, w, plan.leaves, out_dtype=out_dtype, transpose_rhs=True, backend=backend)
 
     def row_parallel(self, x: jax.Array, w: jax.Array) -> jax.Array:
+        if lax.axis_size(TP) == 1:  # the whole tree is here, and its one rounding too
+            return self._row_product(x, w, x.dtype)
+        return tree_psum(self.row_part(x, w), TP, out_dtype=x.dtype)
+
+    def row_part(self, x: jax.Array, w: jax.Array) -> jax.Array:
+        """What this rank gives to `row_parallel`: its part of the tree, float32."""
+        return self._row_product(x, w, jnp.float32)
+
+    def _row_product(self, x: jax.Array, w: jax.Array, out_dtype: jax.typing.DTypeLike) -> jax.Array:
         ranks = lax.axis_size(TP)
         plan = plan_contraction(k=x.shape[-1] * ranks, n=w.shape[1], dtype=x.dtype, role="row")
-        product = functools.partial(
-            tree_matmul, x, w, plan.local_leaves(ranks), backend=self._backend(x.dtype)
-        )
-        if ranks == 1:  # the whole tree is here, and its one rounding too
-            return product()
-        return tree_psum(product(out_dtype=jnp.float32), TP, out_dtype=x.dtype)
+        backend = self._backend(x.dtype)
+        return tree_matmul(x, w, plan.local_leaves(ranks), out_dtype=out_dtype, backend=backend)
 
     def rms_norm(self, x: jax.Array, scale: jax.Array, *, eps: float) -> jax.Array:
         return rms_norm(x, scale, eps=eps, backend=self._row_backend(x.dtype, norm_refusal(x, scale)))

@@ -7,14 +7,18 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import tbik_jax
 from tbik_jax import SamplingParams, generate, make_mesh, synthetic, tree_matmul
+from tbik_jax.mesh import resolve_mesh
+from tbik_jax.models import Qwen3, Qwen3Config
 from tbik_jax.pallas_kernels import gated_matmul, swiglu_joint, tree_join
 from tbik_jax.pallas_kernels.common.backend import device_backend
 from tbik_jax.pallas_kernels.tree_matmul import mosaic_gpu
@@ -24,6 +28,8 @@ from tbik_jax.pallas_kernels.tree_matmul.mosaic_gpu import (
     tree_matmul_mosaic_gpu,
 )
 from tbik_jax.pallas_kernels.tree_matmul.triton import TritonConfig, choose_config, tree_matmul_triton
+from tbik_jax.run import Padded, Run
+from tbik_jax.steps import Engine
 from tests.helpers import assert_same_bits, cancelling, differing, normal, wide
 
 K, N = 1024, 272
@@ -308,6 +314,27 @@ def test_generate_on_one_and_two_gpus(two_gpus, tmp_path):
     ]
     for out in outs[1:]:
         assert_same_bits((out.tokens, out.logprobs), (outs[0].tokens, outs[0].logprobs))
+
+
+@pytest.mark.multi_gpu
+def test_halves_in_turns_have_the_bits_of_one_gpu_and_sum_beside_matmuls(two_gpus):
+    config = Qwen3Config.from_dict(synthetic.qwen3_config("0.6B") | {"num_hidden_layers": 3})
+    model = Qwen3(config, rngs=nnx.Rngs(0))
+    rows = [np.random.default_rng(n).integers(0, config.vocab_size, n) for n in (1025, 800)]
+    caches = []
+    for tp in (1, 2):
+        mesh = resolve_mesh(make_mesh(tp=tp))
+        run = Run(Engine.create(model, mesh, "invariant"), Padded.of(rows, mesh), 1024, config)
+        run.allocate()
+        run.prefill(0, 1024)
+        caches.append(run.cache)
+        args = (run._engine.parameters, run._shapes, *run._prefill_arguments(0, 1024))
+        hlo = run._engine.steps.prefill.lower(*args).compile().as_text()
+    assert_same_bits(*caches)
+    events = re.findall(r"all-to-all-(start|done)\(|/tree_matmul/", hlo[hlo.index("ENTRY") :])
+    assert events.count("start") == events.count("done") == 16
+    # Behind a start the other half's product comes before the end is waited for; two at the end have none left.
+    assert " ".join(event or "product" for event in events).count("start done") <= 2
 
 
 @pytest.mark.gpu
