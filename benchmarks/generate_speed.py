@@ -99,6 +99,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=24, help="decode steps timed together")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--numerics", nargs="+", default=NUMERICS, choices=NUMERICS)
+    parser.add_argument("--overlap", action="store_true", help="let halves of a prefill take turns over tp")
     parser.add_argument("--limit", type=float, default=500, help="seconds after which nothing new begins")
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     parser.add_argument("--pause", action="store_true", help="compile, and wait for Enter before measuring")
@@ -148,7 +149,8 @@ class _Task:
     def prepare(self) -> None:
         """Begins to compile."""
         for name in self._args.numerics:
-            self._runs[name] = self._prepare(Engine.create(self.model, self._mesh, name))
+            engine = Engine.create(self.model, self._mesh, name, overlap_prefill=self._args.overlap)
+            self._runs[name] = self._prepare(engine)
 
     def free(self) -> None:
         """Gives the caches back."""

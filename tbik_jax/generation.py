@@ -47,6 +47,7 @@ def generate(
     numerics: NumericsName = "invariant",
     prefill_chunk: int | None = None,
     scan_layers: bool | None = None,
+    overlap_prefill: bool = False,
     on_tokens: OnTokens | None = None,
 ) -> GenerateOutput:
     """Continues prompts.
@@ -68,6 +69,9 @@ def generate(
             default as many as make some thousand tokens a device, all prompts together.
         scan_layers: run the layers as a scan over one compiled layer: compiles in seconds, but holds a second copy of
             the weights. None does so on the CPU. Bits do not change.
+        overlap_prefill: over tp, let two halves of a pass of 2048 tokens or more take turns, so that sums over ranks
+            are under way while matmuls run. Quicker prefill on GPUs of one host; experimental, see
+            `docs/inference.md`. With fsdp > 1, as a scan or with other numerics it does nothing. Bits do not change.
         on_tokens: called with (prompt index, new token ids, their log-probabilities) every few steps while the rest is
             being generated; all calls together are the result. What it raises ends the generation.
 
@@ -89,7 +93,7 @@ def generate(
     _check_lengths(rows, max_new_tokens, params.config)
     eos = _token_set(eos_id, params.config)
     choices = _sampling_rows(sampling, len(rows))
-    engine = Engine.create(params, mesh, numerics, scan_layers)
+    engine = Engine.create(params, mesh, numerics, scan_layers, overlap_prefill)
     batch = Padded.of(rows, mesh)
     longest = max(len(row) for row in rows)
     chunk = _chunk(prefill_chunk, longest - 1, batch.size // batch_ranks(mesh))

@@ -43,9 +43,9 @@ INVARIANT_OPTIONS = {"xla_allow_excess_precision": False, "xla_gpu_enable_dynami
 #: Tokens of a pass of prefill, from which on two halves that take turns are quicker than one after the other.
 OVERLAPPED_TOKENS = 2048
 
-#: How prefill is compiled besides: an all-to-all within a host takes copy engines, which leave the multiprocessors to
-#: the matmuls that run meanwhile.
-PREFILL_OPTIONS = {"xla_gpu_use_memcpy_local_p2p": True}
+#: How prefill in turns is compiled besides: an all-to-all within a host takes copy engines, which leave the
+#: multiprocessors to the matmuls that run meanwhile.
+OVERLAP_OPTIONS = {"xla_gpu_use_memcpy_local_p2p": True}
 
 
 class Decoded(NamedTuple):
@@ -126,7 +126,14 @@ class Engine:
     parameters: list[jax.Array]
 
     @classmethod
-    def create(cls, model: Qwen3, mesh: Mesh, numerics: str, scan_layers: bool | None = None) -> "Engine":
+    def create(
+        cls,
+        model: Qwen3,
+        mesh: Mesh,
+        numerics: str,
+        scan_layers: bool | None = None,
+        overlap_prefill: bool = False,
+    ) -> "Engine":
         """Puts the parameters on `mesh` (nothing moves if they are there) and finds or builds the steps.
 
         Args:
@@ -134,6 +141,7 @@ class Engine:
             mesh: with all of the axes.
             numerics: one of `NUMERICS`.
             scan_layers: run the layers as a scan over one compiled layer; None does so on the CPU.
+            overlap_prefill: let halves of a pass take turns, where they can: see `Qwen3.prefill_in_turns`.
 
         Raises:
             ValueError: the model does not fit the mesh or its memory, or the numerics are unknown.
@@ -150,9 +158,10 @@ class Engine:
         )
         if scan_layers is None:
             scan_layers = mesh.devices.flat[0].platform == "cpu"
-        return cls(
-            _steps(graphdef, treedef, specs, model.config, model.dtype, mesh, parallel, scan_layers), leaves
+        steps = _steps(
+            graphdef, treedef, specs, model.config, model.dtype, mesh, parallel, scan_layers, overlap_prefill
         )
+        return cls(steps, leaves)
 
 
 def fsdp_dimensions(state: Any, shardings: Any, mesh: Mesh) -> tuple[tuple[str, int], ...]:
@@ -221,15 +230,17 @@ class Steps:
         mesh: Mesh,
         parallel: Parallel,
         scan_layers: bool,
+        overlap_prefill: bool = False,
     ):
         self._graphdef, self._treedef, self._specs = graphdef, treedef, specs
         self.config, self._dtype, self.mesh, self._parallel = config, dtype, mesh, parallel
-        self.scan_layers = scan_layers
+        self.scan_layers, self._overlap_prefill = scan_layers, overlap_prefill
         caches = cache_spec(config, stacked=self.scan_layers)
         rows: Any = P(BATCH_AXES)  # specs stand where arrays will
         scalar, tables = P(), (P(), P())
         prefill_in = (caches, rows, rows, scalar, tables)
-        self.prefill = self._jit(self._prefill, prefill_in, caches, donate=(1,), more_options=PREFILL_OPTIONS)
+        more_options = OVERLAP_OPTIONS if overlap_prefill else {}
+        self.prefill = self._jit(self._prefill, prefill_in, caches, donate=(1,), more_options=more_options)
         sampling = SamplingArrays(temperature=rows, top_k=rows, top_p=rows, key=rows)
         state = self.state_spec = DecodeState(scalar, rows, rows, rows, Decoded(rows, rows, rows))
         # Whether the vocabulary is sorted is compiled in.
@@ -318,7 +329,9 @@ class Steps:
     def _in_turns(self, rows: int, width: int) -> ParallelInTurns | None:
         """With what two halves of `width` positions of a rank's rows take turns, where sums over tp cost time."""
         numerics = self._parallel.numerics
-        if self.mesh.shape[TP] == 1 or width % 2 or rows * width < OVERLAPPED_TOKENS:
+        if not self._overlap_prefill or self.mesh.shape[TP] == 1:
+            return None
+        if width % 2 or rows * width < OVERLAPPED_TOKENS:
             return None
         if type(numerics) is not InvariantNumerics:  # not those derived from it, which add up otherwise
             return None

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tbik_jax import collectives, make_mesh, steps
+from tbik_jax import collectives, generate, make_mesh, steps
 from tbik_jax.layers import turns
 from tbik_jax.layers.base import Turns, alone
 from tbik_jax.layers.turns import alternate
@@ -29,9 +29,9 @@ def _model(layers: int = 3, dtype: Any = jnp.bfloat16) -> Qwen3:
     return Qwen3(dataclasses.replace(THREE, num_hidden_layers=layers), dtype=dtype, rngs=nnx.Rngs(7))
 
 
-def _run(model: Qwen3, numerics: str = "invariant", **sizes: int) -> Run:
+def _run(model: Qwen3, numerics: str = "invariant", overlap: bool = True, **sizes: int) -> Run:
     mesh = resolve_mesh(make_mesh(**sizes))
-    engine = Engine.create(model, mesh, numerics, scan_layers=False)
+    engine = Engine.create(model, mesh, numerics, scan_layers=False, overlap_prefill=overlap)
     batch = Padded.of([np.asarray(p, np.int32) for p in prompts((40, 3, 17, 33))], mesh)
     return Run(engine, batch, 128, model.config)
 
@@ -124,6 +124,26 @@ def test_others_go_in_one_piece(tokens: int, numerics: str, sizes: dict[str, int
     least(tokens)
     lowered = _prefill_hlo(_run(_model(2), numerics, **sizes))
     assert "all_to_all" not in lowered  # small sums that are not cut take other transports
+
+
+def test_only_where_it_is_asked_for(least: Any) -> None:
+    least(WIDTH)
+    assert "all_to_all" not in _prefill_hlo(_run(_model(2), overlap=False, tp=2))
+
+
+def test_generate_passes_it_on(least: Any) -> None:
+    least(WIDTH)
+    model, tokens = _model(2), prompts((21, 3))
+    outs = [
+        generate(
+            model, tokens, mesh=make_mesh(tp=2), max_new_tokens=2, scan_layers=False, overlap_prefill=overlap
+        )
+        for overlap in (False, True)
+    ]
+    for one, other in zip(outs[0].logprobs, outs[1].logprobs, strict=True):
+        np.testing.assert_array_equal(one.view(np.uint32), other.view(np.uint32))
+    engines = steps._steps.cache_info()
+    assert engines.currsize == 2  # two kinds of programs
 
 
 def test_turns_go_in_order_and_wait_for_the_one_before() -> None:

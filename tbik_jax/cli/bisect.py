@@ -45,7 +45,9 @@ def bisect(
     model: Annotated[
         str,
         typer.Option(
-            metavar="MODEL", help="Checkpoint folder, hub id or 'synthetic', for sides that are run."
+            "--model",  # which typer 0.27 would spell as the metavar
+            metavar="MODEL",
+            help="Checkpoint folder, hub id or 'synthetic', for sides that are run.",
         ),
     ] = "synthetic",
     prompt: Annotated[

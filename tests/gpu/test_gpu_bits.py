@@ -324,7 +324,9 @@ def test_halves_in_turns_have_the_bits_of_one_gpu_and_sum_beside_matmuls(two_gpu
     caches = []
     for tp in (1, 2):
         mesh = resolve_mesh(make_mesh(tp=tp))
-        run = Run(Engine.create(model, mesh, "invariant"), Padded.of(rows, mesh), 1024, config)
+        run = Run(
+            Engine.create(model, mesh, "invariant", overlap_prefill=True), Padded.of(rows, mesh), 1024, config
+        )
         run.allocate()
         run.prefill(0, 1024)
         caches.append(run.cache)
