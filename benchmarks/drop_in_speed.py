@@ -381,7 +381,7 @@ def main(argv: list[str]) -> int:
         "environment": environment(),
         "libraries": _versions(),
         "seconds": 0.0,
-        "left": [f"{group}: {name}" for group, name in wanted],  # the case in which the limit passes before the first
+        "left": [f"{group}: {name}" for group, name in wanted],  # all, should the limit pass before the first
         "rows": [],
     }
     print(json.dumps(data["environment"]), flush=True)
