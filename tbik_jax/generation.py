@@ -71,7 +71,8 @@ def generate(
             the weights. None does so on the CPU. Bits do not change.
         overlap_prefill: over tp, let two halves of a pass of 2048 tokens or more take turns, so that sums over ranks
             are under way while matmuls run. Quicker prefill on GPUs of one host; experimental, see
-            `docs/inference.md`. With fsdp > 1, as a scan or with other numerics it does nothing. Bits do not change.
+            `docs/inference.md`. With tp=1, fsdp > 1, layers as a scan or other numerics it does nothing. Bits do not
+            change.
         on_tokens: called with (prompt index, new token ids, their log-probabilities) every few steps while the rest is
             being generated; all calls together are the result. What it raises ends the generation.
 

@@ -212,6 +212,18 @@ def check_plans(config: Qwen3Config, dtype: jax.typing.DTypeLike) -> None:
         )
 
 
+def _parallel_in_turns(parallel: Parallel, mesh: Mesh, scan_layers: bool) -> ParallelInTurns | None:
+    """With what halves of a prefill take turns, where they can and sums over tp cost time."""
+    numerics = parallel.numerics
+    if type(numerics) is not InvariantNumerics:  # not those derived from it, which add up otherwise
+        return None
+    if (
+        mesh.shape[TP] == 1 or scan_layers or parallel.fsdp_dims
+    ):  # over fsdp each half would gather the weights
+        return None
+    return ParallelInTurns(numerics=numerics)
+
+
 @functools.lru_cache(maxsize=64)
 def _steps(*args: Any) -> "Steps":
     return Steps(*args)
@@ -234,12 +246,13 @@ class Steps:
     ):
         self._graphdef, self._treedef, self._specs = graphdef, treedef, specs
         self.config, self._dtype, self.mesh, self._parallel = config, dtype, mesh, parallel
-        self.scan_layers, self._overlap_prefill = scan_layers, overlap_prefill
+        self.scan_layers = scan_layers
+        self._in_turns = _parallel_in_turns(parallel, mesh, scan_layers) if overlap_prefill else None
         caches = cache_spec(config, stacked=self.scan_layers)
         rows: Any = P(BATCH_AXES)  # specs stand where arrays will
         scalar, tables = P(), (P(), P())
         prefill_in = (caches, rows, rows, scalar, tables)
-        more_options = OVERLAP_OPTIONS if overlap_prefill else {}
+        more_options = OVERLAP_OPTIONS if self._in_turns else {}
         self.prefill = self._jit(self._prefill, prefill_in, caches, donate=(1,), more_options=more_options)
         sampling = SamplingArrays(temperature=rows, top_k=rows, top_p=rows, key=rows)
         state = self.state_spec = DecodeState(scalar, rows, rows, rows, Decoded(rows, rows, rows))
@@ -321,22 +334,11 @@ class Steps:
         """Writes the positions start .. start + T - 1 of tokens [B, T] to the cache."""
         batch = _batch(tokens, start + jnp.arange(tokens.shape[1]), lengths, tables)
         model, forward = self._model(parameters)
-        in_turns = self._in_turns(*tokens.shape)
-        if in_turns is None or not isinstance(cache, tuple):
+        rows, width = tokens.shape
+        if self._in_turns is None or width % 2 or rows * width < OVERLAPPED_TOKENS:
             return forward(batch, cache)[1]
-        return model.prefill_in_turns(batch, cache, in_turns)
-
-    def _in_turns(self, rows: int, width: int) -> ParallelInTurns | None:
-        """With what two halves of `width` positions of a rank's rows take turns, where sums over tp cost time."""
-        numerics = self._parallel.numerics
-        if not self._overlap_prefill or self.mesh.shape[TP] == 1:
-            return None
-        if width % 2 or rows * width < OVERLAPPED_TOKENS:
-            return None
-        if type(numerics) is not InvariantNumerics:  # not those derived from it, which add up otherwise
-            return None
-        # Over fsdp each half would gather the weights.
-        return None if self._parallel.fsdp_dims else ParallelInTurns(numerics=numerics)
+        assert isinstance(cache, tuple)
+        return model.prefill_in_turns(batch, cache, self._in_turns)
 
     def _decode(
         self,

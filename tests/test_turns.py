@@ -182,3 +182,35 @@ def test_alone_gives_the_result() -> None:
         return got + 1
 
     assert alone(piece()) == 4
+
+
+@pytest.mark.parametrize(
+    ("sizes", "numerics", "scan", "asked", "expected"),
+    [
+        ({"tp": 2}, "invariant", False, True, True),
+        ({"tp": 2}, "invariant", False, False, False),
+        ({"tp": 1}, "invariant", False, True, False),
+        ({"tp": 2}, "invariant", True, True, False),
+        ({"fsdp": 2, "tp": 2}, "invariant", False, True, False),
+        ({"tp": 2}, "batch_invariant", False, True, False),
+        ({"tp": 2}, "plain", False, True, False),
+    ],
+)
+def test_copy_engines_are_asked_for_only_where_halves_can_take_turns(
+    sizes: dict[str, int],
+    numerics: str,
+    scan: bool,
+    asked: bool,
+    expected: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given = []
+    jit = jax.jit
+    monkeypatch.setattr(jax, "jit", lambda f, **keywords: given.append(keywords) or jit(f, **keywords))
+    steps._steps.cache_clear()
+    Engine.create(
+        _model(1), resolve_mesh(make_mesh(**sizes)), numerics, scan_layers=scan, overlap_prefill=asked
+    )
+    steps._steps.cache_clear()
+    options = [each["compiler_options"] for each in given if each.get("compiler_options")]
+    assert sum("xla_gpu_use_memcpy_local_p2p" in each for each in options) == expected  # prefill's alone
