@@ -83,7 +83,7 @@ def tree_psum(
     Source: TBIK (arXiv 2511.17826), the tree all-reduce, with fp32 nodes.
     """
     axes = _checked_axes(x, axis_name, "tree_psum")
-    ranks = math.prod(lax.axis_size(a) for a in axes)
+    ranks = _rank_count(axes)
     out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
     if out_dtype.name not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"tree_psum rounds to float32, bfloat16 or float16, not to {out_dtype}")
@@ -119,7 +119,7 @@ def tree_psum_scatter(
         ValueError: an axis size is no power of two, the dimension does not divide, or x is not floating point.
     """
     axes = _checked_axes(x, axis_name, "tree_psum_scatter")
-    ranks = math.prod(lax.axis_size(a) for a in axes)
+    ranks = _rank_count(axes)
     dim = _dimension(scatter_dimension, x.ndim)
     size = x.shape[dim]
     if size % ranks if tiled else size != ranks:
@@ -167,6 +167,10 @@ def _checked_axes(x: jax.Array, axis_name: AxisName, what: str) -> tuple[str, ..
     return axes
 
 
+def _rank_count(axes: tuple[str, ...]) -> int:
+    return math.prod(lax.axis_size(a) for a in axes)
+
+
 def _dimension(dim: int, ndim: int) -> int:
     if not -ndim <= dim < ndim:
         raise ValueError(f"dimension {dim} is out of range for an array of {ndim} dimensions")
@@ -190,7 +194,7 @@ def _one_nan(x: jax.Array) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def _psum(x: jax.Array, axes: tuple[str, ...], transport: Transport, dtype: jnp.dtype) -> jax.Array:
-    ranks = math.prod(lax.axis_size(a) for a in axes)
+    ranks = _rank_count(axes)
     if ranks == 1:
         return round_to(_one_nan(x), dtype)
     if transport == "all_gather":
@@ -205,7 +209,7 @@ def _psum(x: jax.Array, axes: tuple[str, ...], transport: Transport, dtype: jnp.
 
 def exchange_shares(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     """What the ranks have, fp32, of the share of x that this one adds up: [ranks, x.size / ranks]."""
-    ranks = math.prod(lax.axis_size(a) for a in axes)
+    ranks = _rank_count(axes)
     return lax.all_to_all(x.reshape(ranks, x.size // ranks), axes, split_axis=0, concat_axis=0)
 
 
@@ -225,7 +229,7 @@ def gather_shares(x: jax.Array, axes: tuple[str, ...], *, copied: bool = False) 
     unsigned = {2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
     bits = lax.bitcast_convert_type(x, unsigned)
     if copied:
-        ranks = math.prod(lax.axis_size(a) for a in axes)
+        ranks = _rank_count(axes)
         # The barrier keeps the copies from being computed once each.
         copies = jnp.broadcast_to(lax.optimization_barrier(bits), (ranks, x.size))
         bits = lax.all_to_all(copies, axes, split_axis=0, concat_axis=0).reshape(-1)

@@ -7,8 +7,7 @@ are cached by (model structure, mesh, numerics), and by shape inside `jit`.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -217,9 +216,8 @@ def _parallel_in_turns(parallel: Parallel, mesh: Mesh, scan_layers: bool) -> Par
     numerics = parallel.numerics
     if type(numerics) is not InvariantNumerics:  # not those derived from it, which add up otherwise
         return None
-    if (
-        mesh.shape[TP] == 1 or scan_layers or parallel.fsdp_dims
-    ):  # over fsdp each half would gather the weights
+    # Over fsdp each half would gather the weights.
+    if mesh.shape[TP] == 1 or scan_layers or parallel.fsdp_dims:
         return None
     return ParallelInTurns(numerics=numerics)
 
@@ -253,7 +251,7 @@ class Steps:
         scalar, tables = P(), (P(), P())
         prefill_in = (caches, rows, rows, scalar, tables)
         more_options = OVERLAP_OPTIONS if self._in_turns else {}
-        self.prefill = self._jit(self._prefill, prefill_in, caches, donate=(1,), more_options=more_options)
+        self.prefill = self._jit(self._prefill, prefill_in, caches, donate=(1,), **more_options)
         sampling = SamplingArrays(temperature=rows, top_k=rows, top_p=rows, key=rows)
         state = self.state_spec = DecodeState(scalar, rows, rows, rows, Decoded(rows, rows, rows))
         # Whether the vocabulary is sorted is compiled in.
@@ -296,7 +294,7 @@ class Steps:
         in_specs: Any,
         out_specs: Any,
         donate: tuple[int, ...] = (),
-        more_options: Mapping[str, bool] = MappingProxyType({}),
+        **more_options: bool,
     ) -> Program:
         # The butterfly ends replicated over tp, which shard_map's check cannot infer from ppermute.
         mapped = jax.shard_map(
@@ -307,7 +305,7 @@ class Steps:
             check_vma=False,
         )
         invariant = isinstance(self._parallel.numerics, InvariantNumerics)
-        options = {**INVARIANT_OPTIONS, **more_options} if invariant else {}
+        options = (INVARIANT_OPTIONS if invariant else {}) | more_options
         return Program(jax.jit(mapped, donate_argnums=donate, compiler_options=options))
 
     def cache_shapes(self, batch: int, capacity: int) -> Cache:

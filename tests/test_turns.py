@@ -12,8 +12,8 @@ from flax import nnx
 
 from tbik_jax import collectives, generate, make_mesh, steps
 from tbik_jax.layers import turns
-from tbik_jax.layers.base import Turns, alone
-from tbik_jax.layers.turns import alternate
+from tbik_jax.layers.base import Turns
+from tbik_jax.layers.turns import alone, alternate
 from tbik_jax.mesh import resolve_mesh
 from tbik_jax.models import Qwen3
 from tbik_jax.run import Padded, Run
@@ -65,10 +65,11 @@ def least(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 @pytest.mark.parametrize(
     ("sizes", "dtype"),
-    [({"tp": 2}, jnp.float32), ({"tp": 8}, jnp.bfloat16), ({"data": 2, "tp": 4}, jnp.bfloat16)],
+    [({"tp": 2}, jnp.bfloat16), ({"tp": 8}, jnp.float32), ({"data": 2, "tp": 4}, jnp.float32)],
     ids=str,
 )
 def test_halves_in_turns_have_the_bits_of_one_device(sizes: dict[str, int], dtype: Any, least: Any) -> None:
+    """In float32, as in a model so small the rounding to bfloat16 hides most of another order."""
     model = _model(dtype=dtype)
     alone_on_one = _cache(model, tp=1)
     assert np.count_nonzero(alone_on_one[-1])

@@ -14,8 +14,8 @@ from flax import nnx
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ...layers.base import Parallel, Turns, alone
-from ...layers.turns import ParallelInTurns, alternate
+from ...layers.base import Parallel, Turns
+from ...layers.turns import ParallelInTurns, alone, alternate
 from .config import Qwen3Config
 from .sharding import CACHE_SPEC
 
@@ -126,7 +126,7 @@ class Attention(nnx.Module):
         )
         return q, LayerCache(k, v)
 
-    def found(self, q: jax.Array, batch: Batch, cache: LayerCache, parallel: Parallel) -> jax.Array:
+    def attend(self, q: jax.Array, batch: Batch, cache: LayerCache, parallel: Parallel) -> jax.Array:
         """What the queries [B, T, N, H] find in the cache, [B, T, N * H]."""
         return parallel.numerics.attention(q, cache.k, cache.v, batch.positions).reshape(*q.shape[:2], -1)
 
@@ -197,9 +197,9 @@ class Layer(nnx.Module):
         x, q = self.write(stream, batch, cache, parallel)
         q = yield q, q
         assert cache[0] is not None
-        found = self.attention.found(q, batch, cache[0], parallel)
-        found = yield found, found
-        attended = yield from parallel.row_parallel(found, self.attention.out_weight(parallel))
+        heads = self.attention.attend(q, batch, cache[0], parallel)
+        heads = yield heads, heads
+        attended = yield from parallel.row_parallel(heads, self.attention.out_weight(parallel))
         x, normalised = self.post_attention_norm(x, attended, parallel)
         hidden = self.mlp.hidden(normalised, parallel)
         hidden = yield hidden, hidden

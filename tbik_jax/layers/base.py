@@ -117,16 +117,6 @@ class Numerics(Protocol):
 type Turns[T] = Generator[tuple[Any, Any], Any, T]
 
 
-def alone[T](turns: Turns[T]) -> T:
-    """Runs something in turns from end to end."""
-    value = None
-    while True:
-        try:
-            value, _ = turns.send(value)
-        except StopIteration as end:
-            return end.value
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Parallel:
     """What a model needs to know inside `shard_map`.

@@ -59,10 +59,10 @@ class InvariantNumerics:
     def row_parallel(self, x: jax.Array, w: jax.Array) -> jax.Array:
         if lax.axis_size(TP) == 1:  # the whole tree is here, and its one rounding too
             return self._row_product(x, w, x.dtype)
-        return tree_psum(self.row_part(x, w), TP, out_dtype=x.dtype)
+        return tree_psum(self.row_partial_sum(x, w), TP, out_dtype=x.dtype)
 
-    def row_part(self, x: jax.Array, w: jax.Array) -> jax.Array:
-        """What this rank gives to `row_parallel`: its part of the tree, float32."""
+    def row_partial_sum(self, x: jax.Array, w: jax.Array) -> jax.Array:
+        """This rank's partial sum of `row_parallel`, float32: its part of the tree."""
         return self._row_product(x, w, jnp.float32)
 
     def _row_product(self, x: jax.Array, w: jax.Array, out_dtype: jax.typing.DTypeLike) -> jax.Array:

@@ -26,11 +26,21 @@ class ParallelInTurns(Parallel):
 
     def row_parallel(self, x: jax.Array, w: jax.Array) -> Turns[jax.Array]:
         """See `Parallel.row_parallel`: the bits of `tree_psum`."""
-        part = self.numerics.row_part(x, w)
+        part = self.numerics.row_partial_sum(x, w)
         shares = yield exchange_shares(part, (TP,)), part
         joined = join_shares(shares, x.dtype)
         whole = yield gather_shares(joined, (TP,), copied=True), joined
         return whole.reshape(part.shape)
+
+
+def alone[T](turns: Turns[T]) -> T:
+    """Runs something in turns from end to end."""
+    value = None
+    while True:
+        try:
+            value, _ = turns.send(value)
+        except StopIteration as end:
+            return end.value
 
 
 def alternate(pieces: list[Turns[Any]], order: Iterable[int]) -> None:

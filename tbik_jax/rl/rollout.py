@@ -78,9 +78,8 @@ class Rollout:
                 "make every parameter NaN: look at its reward"
             )
         longest = max(len(p) + len(t) for p, t in zip(self.prompts, self.tokens, strict=True))
-        fitting = (
-            -(-bucket(longest) // 16) * 16
-        )  # so that eight rows, or ranks, cut into the leaves of a gradient
+        # so that eight rows, or ranks, cut into the leaves of a gradient
+        fitting = -(-bucket(longest) // 16) * 16
         width = fitting if width is None else width
         if width < longest:
             raise ValueError(f"a sample of {longest} tokens does not fit width={width}; use {fitting}")
