@@ -2,8 +2,9 @@
 
     python -m benchmarks.generate_speed --models 1.7B 8B --out benchmarks/results/generate_speed.json
 
-Weights are random and the cache holds zeros: speed does not depend on values. Wall time of whole programs, invariant
-and plain by turns, median of the repeats:
+Weights, prompts and what a cache holds before decoding are random: of a prompt of one token repeated every row is the
+same, which takes less power, and so a higher clock, than text does. Wall time of whole programs, invariant and plain by
+turns, median of the repeats:
 
 * decode: time a step, from a run of several steps on the device after `--context` positions;
 * prefill: a pass over prompts of `--prompt` tokens, into an empty cache, from several behind one another;
@@ -43,6 +44,7 @@ from tbik_jax.sampling import SamplingParams, sampling_arrays
 from tbik_jax.steps import Engine
 
 NUMERICS = ("invariant", "plain")
+OVERLAPPED = "overlapped"  # the invariant prefill whose halves take turns
 _COPIED = 1 << 32  # bytes
 _SHOWN = 14  # kernels of a step
 
@@ -99,7 +101,9 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=24, help="decode steps timed together")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--numerics", nargs="+", default=NUMERICS, choices=NUMERICS)
-    parser.add_argument("--overlap", action="store_true", help="let halves of a prefill take turns over tp")
+    parser.add_argument(
+        "--overlap", action="store_true", help="measure prefill whose halves take turns over tp too"
+    )
     parser.add_argument("--limit", type=float, default=500, help="seconds after which nothing new begins")
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     parser.add_argument("--pause", action="store_true", help="compile, and wait for Enter before measuring")
@@ -148,9 +152,22 @@ class _Task:
 
     def prepare(self) -> None:
         """Begins to compile."""
-        for name in self._args.numerics:
-            engine = Engine.create(self.model, self._mesh, name, overlap_prefill=self._args.overlap)
+        for name in self._names():
+            overlap = name == OVERLAPPED
+            engine = Engine.create(
+                self.model, self._mesh, "invariant" if overlap else name, overlap_prefill=overlap
+            )
             self._runs[name] = self._prepare(engine)
+
+    def _names(self) -> list[str]:
+        """What is measured by turns."""
+        return list(self._args.numerics)
+
+    def _rows(self, length: int) -> Padded:
+        """Prompts of random tokens."""
+        size = (self.batch, length)
+        tokens = np.random.default_rng(0).integers(self.model.config.vocab_size, size=size, dtype=np.int32)
+        return Padded.of(list(tokens), self._mesh)
 
     def free(self) -> None:
         """Gives the caches back."""
@@ -173,6 +190,7 @@ class _Task:
         return {
             "ms": ms,
             "ratio": _ratio(ms),
+            "ratio_overlapped": _ratio(ms, OVERLAPPED),
             "spread_ms": {name: [round(t, 4) for t in sorted(each)] for name, each in times.items()},
             "kernels": kernels,
         } | self._notes()
@@ -208,7 +226,7 @@ class Decode(_Task):
         return self._args.steps * (self._args.repeats + 1) + self._counted
 
     def _prepare(self, engine: Engine) -> Run:
-        rows = Padded.of([np.zeros((self._args.context,), np.int32)] * self.batch, self._mesh)
+        rows = self._rows(self._args.context)
         sampling = sampling_arrays([SamplingParams()] * rows.size, self.model.config.vocab_size)
         run = Run(engine, rows, capacity_bucket(self._args.context + self._room), self.model.config)
         run.prepare_decode(bucket(self._room), sampling, False, np.asarray([-1], np.int32))
@@ -216,6 +234,9 @@ class Decode(_Task):
 
     def _allocate(self, run: Run) -> None:
         run.allocate()
+        leaves, treedef = jax.tree.flatten(run.cache)
+        keys = jax.random.split(jax.random.key(0), len(leaves))
+        run.cache = jax.tree.unflatten(treedef, list(map(_random_like, leaves, keys)))
 
     def _go(self, run: Run, turn: int) -> float:
         return _seconds(lambda: _to(run, (turn + 1) * self._args.steps)) / self._args.steps
@@ -237,10 +258,14 @@ class Prefill(_Task):
     """Passes over prompts of `--prompt` tokens."""
 
     what = "prefill"
+
+    def _names(self) -> list[str]:
+        return super()._names() + [OVERLAPPED] * self._args.overlap
+
     _passes = 3  # of a turn, one behind the other, so that the host's work is hidden as in a chunked prefill
 
     def _prepare(self, engine: Engine) -> Run:
-        rows = Padded.of([np.zeros((self._args.prompt + 1,), np.int32)] * self.batch, self._mesh)
+        rows = self._rows(self._args.prompt + 1)
         run = Run(engine, rows, capacity_bucket(self._args.prompt), self.model.config)
         run.prepare_prefill(self._args.prompt)
         return run
@@ -264,8 +289,16 @@ def _to(run: Run, count: int) -> Any:
     return run.state.token
 
 
-def _ratio(ms: dict[str, float]) -> float | None:
-    return round(ms["plain"] / ms["invariant"], 4) if set(NUMERICS) <= set(ms) else None
+def _random_like(x: jax.Array, key: jax.Array) -> jax.Array:
+    """Normal values in the place of x, whose memory they take."""
+    fill = jax.jit(
+        lambda x, key: jax.random.normal(key, x.shape, x.dtype), donate_argnums=0, out_shardings=x.sharding
+    )
+    return fill(x, key)
+
+
+def _ratio(ms: dict[str, float], name: str = "invariant") -> float | None:
+    return round(ms["plain"] / ms[name], 4) if {"plain", name} <= set(ms) else None
 
 
 def _of_copy(row: dict[str, Any], copy_gb_s: float) -> dict[str, float]:
