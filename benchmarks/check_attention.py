@@ -226,7 +226,7 @@ def check_columns(heads: Heads, length: int, kind: str, chunk: int, starts: list
         columns(parts=32, second_launch=True, stages=3, value_stages=3),
     ]
     if heads.h == 128:
-        configs += [columns(parts=parts, value_parts=2, stages=8, value_stages=8) for parts in (1, 2)]
+        configs += [columns(parts=parts, value_parts=2, stages=8, value_stages=8) for parts in (1, 2, 4)]
     queries = np.concatenate([q[:, s : s + chunk] for s in starts])
     caches = [filled(a, [s + chunk for s in starts], length, 777.0) for a in (k, v)]
     for config in configs:

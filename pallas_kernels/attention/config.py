@@ -87,7 +87,8 @@ def columns_compared(shape: AttentionShape, dtype: Any, plan: AttentionPlan) -> 
 
     `benchmarks/results/decode_variants_h200.json` and `check_attention_bits_h200.json` have bfloat16 and float16,
     head_dim 64 and 128, 1 to 8 rows (queries times heads a KV head), caches that end within a block, and the default
-    plan. What a CTA does depends on its batch row and KV head alone, so their number does not matter.
+    plan; `decode_clusters_h200.json` has clusters with an idle CTA. What a CTA does depends on its batch row and KV
+    head alone, so their number does not matter.
     """
     rows = shape.t * shape.group <= COLUMNS and shape.h in (64, 128)
     return rows and plan == AttentionPlan() and jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
@@ -106,28 +107,35 @@ def choose_config(shape: AttentionShape, dtype: Any, plan: AttentionPlan) -> Att
         together = max(1, min(shape.b * shape.kv_heads, _L2_BYTES // bytes_a_head))
         return AttentionConfig(variant="tiles", kv_group=together)
     heads, splits = shape.b * shape.kv_heads, -(-shape.s // plan.split)
-    # Clusters whose CTAs all run at once, one an SM.
-    cluster = max(
-        (c for c, clusters in _RESIDENT_CLUSTERS.items() if heads <= clusters and c <= splits), default=1
+    if columns_compared(shape, dtype, plan):
+        return _choose_columns(heads, splits, shape.h)
+    return _choose_split(heads, splits, shape.h)
+
+
+def _largest_cluster(heads: int, most: int) -> int:
+    """CTAs, `most` at most, of the largest clusters that all run at once, one CTA an SM."""
+    return max(
+        (c for c, clusters in _RESIDENT_CLUSTERS.items() if heads <= clusters and c <= most), default=1
     )
-    choose = _choose_columns if columns_compared(shape, dtype, plan) else _choose_split
-    return choose(heads, splits, cluster, shape.h)
 
 
-def _choose_columns(heads: int, splits: int, cluster: int, h: int) -> AttentionConfig:
+def _choose_columns(heads: int, splits: int, h: int) -> AttentionConfig:
     columns = functools.partial(AttentionConfig, variant="columns")
+    # Three splits are quicker in a cluster of four, one of whose CTAs is idle, than in one of two.
+    cluster = _largest_cluster(heads, 1 << (splits - 1).bit_length())
     if heads * (cluster + 1) <= _SMS:  # clusters leave SMs idle
         for parts, stages in _SECOND_LAUNCHES:
             resident = _SMS if stages == _STAGES_ALONE else 2 * _SMS
             if heads * parts <= resident and _pays(splits, cluster, parts, h):
                 return columns(parts=parts, second_launch=True, stages=stages, value_stages=stages)
-    if h == 128 and cluster == 2 and 2 * heads <= _RESIDENT_CLUSTERS[2]:
-        return columns(parts=2, value_parts=2, stages=_STAGES_HALVES, value_stages=_STAGES_HALVES)
+    if h == 128 and cluster in (2, 4) and 2 * heads <= _RESIDENT_CLUSTERS[cluster]:
+        return columns(parts=cluster, value_parts=2, stages=_STAGES_HALVES, value_stages=_STAGES_HALVES)
     stages = _STAGES_ALONE if heads * cluster <= _SMS else _STAGES_SHARED
     return columns(parts=cluster, stages=stages, value_stages=stages)
 
 
-def _choose_split(heads: int, splits: int, cluster: int, h: int) -> AttentionConfig:
+def _choose_split(heads: int, splits: int, h: int) -> AttentionConfig:
+    cluster = _largest_cluster(heads, splits)
     most = min(splits, _SMS // heads)
     second_launch = most > cluster and _pays(splits, cluster, most, h)
     stages, value_stages = (2, 3) if h == 128 else (4, 4)

@@ -327,6 +327,7 @@ def test_halves_in_turns_have_the_bits_of_one_gpu_and_sum_beside_matmuls(two_gpu
         run = Run(
             Engine.create(model, mesh, "invariant", overlap_prefill=True), Padded.of(rows, mesh), 1024, config
         )
+        run.prepare_prefill(1024)
         run.allocate()
         run.prefill(0, 1024)
         caches.append(run.cache)

@@ -147,7 +147,14 @@ def three_splits(config, plan=PLAN):
 
 
 @pytest.mark.parametrize(
-    "config", [columns(parts=2), columns(parts=3, second_launch=True, stages=4), columns(value_parts=2)]
+    "config",
+    [
+        columns(parts=2),
+        columns(parts=4),  # of which one has no split
+        columns(parts=3, second_launch=True, stages=4),
+        columns(value_parts=2),
+        columns(parts=4, value_parts=2),
+    ],
 )
 def test_how_columns_share_out_the_work_changes_no_bit(config):
     assert not differing(three_splits(config), three_splits(columns()))
