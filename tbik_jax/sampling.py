@@ -19,7 +19,7 @@ class SamplingParams:
     Attributes:
         temperature: 0 takes the most probable token; 1e-20 .. 1e20 divides the logits before sampling.
         top_k: keep the k most probable tokens; None keeps all.
-        top_p: then keep the smallest set of most probable tokens whose probability reaches p; None keeps all.
+        top_p: then keep the smallest set of most probable tokens whose probability reaches p; None or 1 keeps all.
         seed: 0 .. 2**64 - 1. The noise of a token depends on (seed, position, vocabulary id) alone, so equal prompts
             with equal seeds give equal samples: give each its own seed for several samples of one prompt.
     """
@@ -44,7 +44,8 @@ class SamplingParams:
     @property
     def filters(self) -> bool:
         """Whether any token can be ruled out."""
-        return self.temperature > 0 and (self.top_k is not None or self.top_p is not None)
+        narrower = self.top_p is not None and self.top_p < 1
+        return self.temperature > 0 and (self.top_k is not None or narrower)
 
 
 @jax.tree_util.register_dataclass

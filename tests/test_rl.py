@@ -182,6 +182,14 @@ def asked(monkeypatch):
     return calls
 
 
+def test_what_generate_offers_for_speed_and_memory_reaches_it(asked):
+    options = {"prefill_chunk": 64, "scan_layers": False, "overlap_prefill": True, "max_new_tokens": 3}
+    rl.sample_groups(small_model(), [[1]], group_size=2, **options)
+    rl.sample_groups(small_model(), [[1]], group_size=2)
+    assert asked[0].items() >= options.items()
+    assert not asked[1].items() & options.items()  # the twin: none is fixed
+
+
 def test_every_sample_of_every_step_has_a_seed_of_its_own(asked):
     params = small_model()
     for seed, step in ((0, 0), (0, 1), (1, 0), (2**32, 0), (0, 0)):
@@ -204,6 +212,8 @@ def test_sampling_from_another_distribution_warns(asked, options):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         rl.sample_groups(small_model(), [[1]], group_size=2)
+        everything = tbik_jax.SamplingParams(temperature=1.0, top_p=1.0)
+        rl.sample_groups(small_model(), [[1]], group_size=2, sampling=everything)
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ..common import mosaic_rows as rows
+from .accumulators import multiply_into, read_accumulator
 
 __all__ = ["attention_backward_mosaic_gpu", "refusal"]
 
@@ -337,15 +338,15 @@ def _dkv_kernel(
 
                 def multiply(s_acc: _Ref, dp_acc: _Ref) -> None:
                     plgpu.barrier_wait(smem.q_full.at[slot])
-                    _multiply(problem, s_acc, kw, qb.transpose((1, 0)), first=True)
+                    multiply_into(problem, s_acc, kw, qb.transpose((1, 0)), first=True)
                     plgpu.barrier_wait(smem.dout_full.at[slot])
-                    _multiply(problem, dp_acc, vw, db.transpose((1, 0)), first=True)
-                    scores = mask(_read(problem, s_acc, 1), block)
+                    multiply_into(problem, dp_acc, vw, db.transpose((1, 0)), first=True)
+                    scores = mask(read_accumulator(problem, s_acc, 1), block)
                     weights = jnp.exp2(scores * problem.factor - _per_query(statistics.at[0], scores.shape))
-                    _multiply(problem, dv_acc, weights.astype(problem.dtype), db)
-                    dweights = _read(problem, dp_acc, 1)
+                    multiply_into(problem, dv_acc, weights.astype(problem.dtype), db)
+                    dweights = read_accumulator(problem, dp_acc, 1)
                     dscores = weights * (dweights - _per_query(statistics.at[1], scores.shape))
-                    _multiply(problem, dk_acc, dscores.astype(problem.dtype), qb)
+                    multiply_into(problem, dk_acc, dscores.astype(problem.dtype), qb)
 
                 _with_accumulators(problem, smem, {"s_acc": _QUERIES, "dp_acc": _QUERIES}, multiply)
                 _wait(problem)
@@ -354,9 +355,9 @@ def _dkv_kernel(
 
             lax.fori_loop(0, count, step, first)
             keys = pl.ds((pair * _CONSUMERS + wg) * _ROWS, _ROWS)
-            dk = _read(problem, dk_acc, 0) * problem.scale
+            dk = read_accumulator(problem, dk_acc, 0) * problem.scale
             # Of shared memory a warpgroup overwrites what it alone has read.
-            for staged, gradient in ((kw, dk), (vw, _read(problem, dv_acc, 0))):
+            for staged, gradient in ((kw, dk), (vw, read_accumulator(problem, dv_acc, 0))):
                 staged[...] = gradient.astype(problem.dtype)
             plgpu.commit_smem()
             for staged, dst in ((kw, dk_gmem), (vw, dv_gmem)):
@@ -449,22 +450,22 @@ def _dq_kernel(
 
                 def multiply(s_acc: _Ref, dp_acc: _Ref) -> None:
                     plgpu.barrier_wait(smem.k_full.at[slot])
-                    _multiply(problem, s_acc, qw, kb.transpose((1, 0)), first=True)
+                    multiply_into(problem, s_acc, qw, kb.transpose((1, 0)), first=True)
                     plgpu.barrier_wait(smem.v_full.at[slot])
-                    _multiply(problem, dp_acc, dw, vb.transpose((1, 0)), first=True)
-                    scores = mask(_read(problem, s_acc, 1), block)
+                    multiply_into(problem, dp_acc, dw, vb.transpose((1, 0)), first=True)
+                    scores = mask(read_accumulator(problem, s_acc, 1), block)
                     weights = jnp.exp2(scores * problem.factor - lax.broadcast_in_dim(lse, scores.shape, [0]))
-                    dweights = _read(problem, dp_acc, 0)
+                    dweights = read_accumulator(problem, dp_acc, 0)
                     plgpu.barrier_arrive(smem.v_empty.at[slot])
                     dscores = weights * (dweights - lax.broadcast_in_dim(delta, scores.shape, [0]))
-                    _multiply(problem, dq_acc, dscores.astype(problem.dtype), kb)
+                    multiply_into(problem, dq_acc, dscores.astype(problem.dtype), kb)
 
                 _with_accumulators(problem, smem, {"s_acc": _KEYS, "dp_acc": _KEYS}, multiply)
                 _wait(problem)
                 plgpu.barrier_arrive(smem.k_empty.at[slot])
 
             lax.fori_loop(0, count, step, None)
-            qw[...] = (_read(problem, dq_acc, 0) * problem.scale).astype(problem.dtype)
+            qw[...] = (read_accumulator(problem, dq_acc, 0) * problem.scale).astype(problem.dtype)
             plgpu.commit_smem()
             queries = pl.ds((pair * _CONSUMERS + wg) * _ROWS, _ROWS)
             plgpu.copy_smem_to_gmem(qw, dq_gmem.at[row, queries, head])
@@ -541,21 +542,6 @@ def _with_accumulators(
         for stand_in in stand_ins:
             stand_in[...] = jnp.zeros(stand_in.shape, jnp.float32)
     body(*stand_ins)
-
-
-def _multiply(problem: _Problem, acc: _Ref, a: Any, b: _Ref, *, first: bool = False) -> None:
-    """acc += a @ b, in the background; a in shared memory or in registers. acc is zero if this is its `first`."""
-    if not problem.interpret:
-        plgpu.wgmma(acc, a, b)
-        return
-    left = a if isinstance(a, jax.Array) else a[...]
-    product = jnp.dot(left.astype(jnp.float32), b[...].astype(jnp.float32))
-    acc[...] = product if first else acc[...] + product  # this memory is not zero at first
-
-
-def _read(problem: _Problem, acc: _Ref, running: int) -> jax.Array:
-    """The accumulator, once all but `running` products are done."""
-    return acc[...] if problem.interpret else plgpu.wgmma_accumulator_load(acc, wait_n=running)
 
 
 def _wait(problem: _Problem) -> None:

@@ -12,10 +12,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from . import column_ops as ops
+from .accumulators import multiply_into, read_accumulator
 from .arithmetic import LANES, NEG_INF, Product, Softmax, choose, rescale
 from .config import COLUMNS
 from .problem import WIDTH, Problem
-from .walk import multiply_into, read_accumulator
 
 _Ref = Any
 _Scores = tuple[jax.Array, jax.Array]  # of the two tiles of a block, each [TILE, COLUMNS]

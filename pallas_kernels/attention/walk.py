@@ -10,6 +10,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from .accumulators import multiply_into, read_accumulator
 from .arithmetic import NEG_INF, Partial, Softmax, choose, merge, rescale, softmax_step
 from .config import ROWS
 from .problem import WIDTH, Problem
@@ -123,21 +124,6 @@ def _with_accumulator(problem: Problem, columns: int, stand_in: _Ref, body: Call
     if problem.interpret:
         return body(stand_in)
     return pl.run_scoped(body, plgpu.ACC((ROWS, columns), jnp.float32))
-
-
-def multiply_into(problem: Problem, acc: _Ref, a: Any, b: _Ref, *, first: bool) -> None:
-    """acc += a @ b, in the background; a in shared memory or in registers. acc is zero if this is its `first`."""
-    if not problem.interpret:
-        plgpu.wgmma(acc, a, b)
-        return
-    left = a if isinstance(a, jax.Array) else a[...]
-    product = jnp.dot(left.astype(jnp.float32), b[...].astype(jnp.float32))
-    acc[...] = product if first else acc[...] + product  # this memory is not zero at first
-
-
-def read_accumulator(problem: Problem, acc: _Ref, running: int) -> jax.Array:
-    """The accumulator, once all but `running` products are done."""
-    return acc[...] if problem.interpret else plgpu.wgmma_accumulator_load(acc, wait_n=running)
 
 
 def _stream(ring: int, empty: _Ref, count: jax.Array, copy: Callable[[jax.Array, jax.Array], None]) -> None:

@@ -110,6 +110,9 @@ def sample_groups(
     max_new_tokens: int = 64,
     eos_id: int | Sequence[int] | None = None,
     numerics: NumericsName = "invariant",
+    prefill_chunk: int | None = None,
+    scan_layers: bool | None = None,
+    overlap_prefill: bool = False,
 ) -> Rollout:
     """Samples `group_size` continuations of every prompt, each with a seed of its own.
 
@@ -126,6 +129,9 @@ def sample_groups(
         max_new_tokens: at most so many tokens a sample.
         eos_id: end token or tokens.
         numerics: "invariant", "plain" or "batch_invariant".
+        prefill_chunk: as for `generate`, as are the next two; of an invariant rollout they change no bit.
+        scan_layers: run the layers as a scan.
+        overlap_prefill: let halves of a prefill take turns over tp.
 
     Raises:
         ValueError: a group of fewer than 2, temperature 0 (all samples of a group would be equal), or as `generate`.
@@ -163,6 +169,9 @@ def sample_groups(
         sampling=choices,
         eos_id=eos_id,
         numerics=numerics,
+        prefill_chunk=prefill_chunk,
+        scan_layers=scan_layers,
+        overlap_prefill=overlap_prefill,
     )
     return Rollout(
         prompts=repeated,
