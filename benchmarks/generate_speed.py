@@ -292,7 +292,10 @@ def _to(run: Run, count: int) -> Any:
 def _random_like(x: jax.Array, key: jax.Array) -> jax.Array:
     """Normal values in the place of x, whose memory they take."""
     fill = jax.jit(
-        lambda x, key: jax.random.normal(key, x.shape, x.dtype), donate_argnums=0, out_shardings=x.sharding
+        lambda x, key: jax.random.normal(key, x.shape, x.dtype),
+        donate_argnums=0,
+        keep_unused=True,  # else x is dropped, and its memory is not taken
+        out_shardings=x.sharding,
     )
     return fill(x, key)
 

@@ -2,9 +2,9 @@
 
     python -m benchmarks.train_speed --models 1.7B --out benchmarks/results/train_speed.json
 
-Forward, backward, clipping and AdamW in float32 of one batch; random weights and tokens, as speed does not depend on
-values. Wall time of a step, median of the repeats, after one that compiles and one that warms; model FLOP utilisation
-against `--peak`; and the kernels of a step by name, from CUPTI. `--dry` runs a tiny model on the CPU.
+Forward, backward, clipping and AdamW in float32 of one batch of random tokens, with random weights. Wall time of a
+step, median of the repeats, after one that compiles and one that warms; model FLOP utilisation against `--peak`; and
+the kernels of a step by name, from CUPTI. `--dry` runs a tiny model on the CPU.
 """
 
 import argparse

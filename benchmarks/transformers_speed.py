@@ -62,7 +62,7 @@ def main(argv: list[str]) -> int:
 
 
 def _step(torch: Any, model: Any, batch: int, cache: str, args: argparse.Namespace) -> dict[str, Any]:
-    ids = torch.zeros((batch, args.context), dtype=torch.long, device="cuda")
+    ids = torch.randint(model.config.vocab_size, (batch, args.context), device="cuda")
     common = {
         "do_sample": False,
         "attention_mask": torch.ones_like(ids),

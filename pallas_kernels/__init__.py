@@ -9,7 +9,9 @@ from .attention.api import AttentionPlan, attention
 from .attention.backward import attention_backward, attention_with_lse
 from .common.tree import tree_join, tree_sum
 from .embedding.api import embedding
+from .few_rows.api import matmul_subtrees, norm_matmul
 from .gated_matmul.api import gated_matmul
+from .join_subtrees.api import join_subtrees
 from .log_softmax.api import exp_sum, leaf_statistics, log_softmax
 from .qk_norm_rope.api import qk_norm_rope
 from .residual_add.api import residual_add
@@ -30,8 +32,11 @@ __all__ = [
     "embedding",
     "exp_sum",
     "gated_matmul",
+    "join_subtrees",
     "leaf_statistics",
     "log_softmax",
+    "matmul_subtrees",
+    "norm_matmul",
     "plan_contraction",
     "qk_norm_rope",
     "residual_add",

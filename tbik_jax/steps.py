@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 from .layers import InvariantNumerics, Numerics, Parallel, PlainNumerics, VocabStatistics
 from .layers.base import FSDP, TP, chosen_logprobs
 from .layers.batch_invariant import BatchInvariantNumerics
+from .layers.few_rows import ParallelOfFewRows
 from .layers.turns import ParallelInTurns
 from .loading import parameter_path, parameter_shardings
 from .memory import check_parameters
@@ -222,6 +223,14 @@ def _parallel_in_turns(parallel: Parallel, mesh: Mesh, scan_layers: bool) -> Par
     return ParallelInTurns(numerics=numerics)
 
 
+def _parallel_of_few_rows(parallel: Parallel) -> Parallel:
+    """With what a decoding step runs: the same ops, fused where the batch is small."""
+    numerics = parallel.numerics
+    if type(numerics) is not InvariantNumerics:  # not those derived from it, which add up otherwise
+        return parallel
+    return ParallelOfFewRows(numerics=numerics, fsdp_dims=parallel.fsdp_dims)
+
+
 @functools.lru_cache(maxsize=64)
 def _steps(*args: Any) -> "Steps":
     return Steps(*args)
@@ -245,6 +254,7 @@ class Steps:
         self._graphdef, self._treedef, self._specs = graphdef, treedef, specs
         self.config, self._dtype, self.mesh, self._parallel = config, dtype, mesh, parallel
         self.scan_layers = scan_layers
+        self._few_rows = _parallel_of_few_rows(parallel)
         self._in_turns = _parallel_in_turns(parallel, mesh, scan_layers) if overlap_prefill else None
         caches = cache_spec(config, stacked=self.scan_layers)
         rows: Any = P(BATCH_AXES)  # specs stand where arrays will
@@ -355,7 +365,7 @@ class Steps:
         The loop runs the last prompt token's forward pass itself, so the program holds one copy of the model and
         prefill needs no logits. It ends early when every row on every rank has met an end token.
         """
-        (model, forward), parallel = self._model(parameters), self._parallel
+        (model, forward), parallel = self._model(parameters, self._few_rows), self._parallel
 
         def running(carry: tuple[Cache, DecodeState]) -> jax.Array:
             _, state = carry

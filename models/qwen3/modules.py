@@ -6,7 +6,7 @@ and a decode step are the same call.
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from flax import nnx
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ...layers.base import Parallel, Turns
+from ...layers.base import Parallel, Stream, Turns
 from ...layers.turns import ParallelInTurns, alone, alternate
 from .config import Qwen3Config
 from .sharding import CACHE_SPEC
@@ -71,13 +71,15 @@ class RmsNorm(nnx.Module):
         self.eps = eps
         self.scale_d = nnx.Param(jnp.ones((size,), dtype))
 
-    def __call__(
-        self, x: jax.Array, pending: jax.Array | None, parallel: Parallel
+    def __call__(self, stream: Stream, parallel: Parallel) -> tuple[jax.Array, jax.Array]:
+        """The residual stream, and that normalised."""
+        return parallel.norm(stream, self.scale(parallel), eps=self.eps)
+
+    def column_parallel(
+        self, stream: Stream, w: jax.Array, parallel: Parallel, *, gated: bool = False
     ) -> tuple[jax.Array, jax.Array]:
-        """The residual stream x, with what is still to be added to it, and that normalised."""
-        if pending is None:
-            return parallel.numerics.keep_rms_norm(x, self.scale(parallel), eps=self.eps)
-        return parallel.numerics.add_rms_norm(x, pending, self.scale(parallel), eps=self.eps)
+        """The residual stream, and the product of it, normalised, and a column-parallel weight [N/tp, D]."""
+        return parallel.norm_column_parallel(stream, self.scale(parallel), w, eps=self.eps, gated=gated)
 
     def scale(self, parallel: Parallel) -> jax.Array:
         """The scale [D] as this rank uses it."""
@@ -99,16 +101,16 @@ class Attention(nnx.Module):
         self.k_norm = RmsNorm(h, config.rms_norm_eps, dtype)
 
     def queries(
-        self, x: jax.Array, batch: Batch, cache: LayerCache | None, parallel: Parallel
-    ) -> tuple[jax.Array, LayerCache]:
-        """Queries [B, T, N, H] of x [B, T, D], and the cache with its keys and values.
+        self, stream: Stream, norm: RmsNorm, batch: Batch, cache: LayerCache | None, parallel: Parallel
+    ) -> tuple[jax.Array, jax.Array, LayerCache]:
+        """The residual stream x [B, T, D], queries [B, T, N, H] of its norm, and the cache with keys and values.
 
         Without a cache the keys are those of the batch, from position 0 on.
         """
         ops = parallel.numerics
         weight = parallel.weight("qkv_weight_kghd", self.qkv_weight_kghd[...])
         kv_heads, g, h, d = weight.shape
-        qkv = ops.column_parallel(x, weight.reshape(kv_heads * g * h, d))
+        x, qkv = norm.column_parallel(stream, weight.reshape(kv_heads * g * h, d), parallel)
         qkv = qkv.reshape(*x.shape[:2], kv_heads, g, h)
         if cache is None:
             cache = LayerCache(*(jnp.zeros((*x.shape[:2], kv_heads, h), x.dtype) for _ in range(2)))
@@ -124,7 +126,7 @@ class Attention(nnx.Module):
             cache.v,
             eps=self.q_norm.eps,
         )
-        return q, LayerCache(k, v)
+        return x, q, LayerCache(k, v)
 
     def attend(self, q: jax.Array, batch: Batch, cache: LayerCache, parallel: Parallel) -> jax.Array:
         """What the queries [B, T, N, H] find in the cache, [B, T, N * H]."""
@@ -144,26 +146,15 @@ class Mlp(nnx.Module):
         self.gate_up_weight_cfd = _normal(rngs, (2, f, d), d, dtype)
         self.down_weight_fd = _normal(rngs, (f, d), f, dtype)
 
-    def hidden(self, x: jax.Array, parallel: Parallel) -> jax.Array:
-        """SwiGLU [B, T, F] of x [B, T, D]."""
+    def hidden(self, stream: Stream, norm: RmsNorm, parallel: Parallel) -> tuple[jax.Array, jax.Array]:
+        """The residual stream x [B, T, D], and SwiGLU [B, T, F] of its norm."""
         weight = parallel.weight("gate_up_weight_cfd", self.gate_up_weight_cfd[...])
         _, f, d = weight.shape
-        return parallel.numerics.gated_column_parallel(x, weight.reshape(2 * f, d))
+        return norm.column_parallel(stream, weight.reshape(2 * f, d), parallel, gated=True)
 
     def down_weight(self, parallel: Parallel) -> jax.Array:
         """[F, D]."""
         return parallel.weight("down_weight_fd", self.down_weight_fd[...])
-
-
-class Stream(NamedTuple):
-    """A residual stream [B, T, D], and what is still to be added to it."""
-
-    x: jax.Array
-    pending: jax.Array | None = None
-
-    def total(self, parallel: Parallel) -> jax.Array:
-        """Both added."""
-        return self.x if self.pending is None else parallel.numerics.add(self.x, self.pending)
 
 
 class Layer(nnx.Module):
@@ -200,8 +191,7 @@ class Layer(nnx.Module):
         heads = self.attention.attend(q, batch, cache[0], parallel)
         heads = yield heads, heads
         attended = yield from parallel.row_parallel(heads, self.attention.out_weight(parallel))
-        x, normalised = self.post_attention_norm(x, attended, parallel)
-        hidden = self.mlp.hidden(normalised, parallel)
+        x, hidden = self.mlp.hidden(Stream(x, attended), self.post_attention_norm, parallel)
         hidden = yield hidden, hidden
         return Stream(x, (yield from parallel.row_parallel(hidden, self.mlp.down_weight(parallel))))
 
@@ -209,8 +199,7 @@ class Layer(nnx.Module):
         self, stream: Stream, batch: Batch, cache: list[LayerCache | None], parallel: Parallel
     ) -> tuple[jax.Array, jax.Array]:
         """Puts keys and values into the cache; returns the residual stream [B, T, D] and queries [B, T, N, H]."""
-        x, normalised = self.input_norm(*stream, parallel)
-        q, cache[0] = self.attention.queries(normalised, batch, cache[0], parallel)
+        x, q, cache[0] = self.attention.queries(stream, self.input_norm, batch, cache[0], parallel)
         return x, q
 
 
@@ -271,7 +260,7 @@ class Qwen3(nnx.Module):
             layer_caches = []
             for layer, layer_cache in zip(self.layers, cache, strict=True):
                 stream, layer_cache = layer(stream, batch, layer_cache, parallel)
-                outputs.extend([] if taps is None else [stream.total(parallel)])
+                outputs.extend([] if taps is None else [parallel.total(stream)])
                 layer_caches.append(layer_cache)
             cache = tuple(layer_caches)
         else:
@@ -279,8 +268,8 @@ class Qwen3(nnx.Module):
             def step(x: jax.Array, layer_and_cache: Any) -> tuple[jax.Array, Any]:
                 layer = nnx.merge(nnx.graphdef(self.layers[0]), layer_and_cache[0])
                 stream, layer_cache = layer(Stream(x), batch, layer_and_cache[1], parallel)
-                x = stream.total(
-                    parallel
+                x = parallel.total(
+                    stream
                 )  # all layers are one program, and nothing is pending before the first
                 return x, (layer_cache, None if taps is None else x)
 
@@ -289,7 +278,7 @@ class Qwen3(nnx.Module):
             outputs.extend([] if taps is None else each)
         if taps is not None:
             taps.extend(outputs)
-        return self.final_norm(*stream, parallel)[1], cache
+        return self.final_norm(stream, parallel)[1], cache
 
     def prefill_in_turns(
         self, batch: Batch, cache: tuple[LayerCache, ...], parallel: ParallelInTurns
@@ -367,12 +356,12 @@ class Qwen3(nnx.Module):
         if stacked is not None:
 
             def step(x: jax.Array, state: Any) -> tuple[jax.Array, None]:
-                return run(0, state, Stream(x)).total(parallel), None
+                return parallel.total(run(0, state, Stream(x))), None
 
-            return self.final_norm(lax.scan(step, stream.x, stacked)[0], None, parallel)[1]
+            return self.final_norm(Stream(lax.scan(step, stream.x, stacked)[0]), parallel)[1]
         for index, layer in enumerate(self.layers):
             stream = run(index, nnx.state(layer), stream)
-        return self.final_norm(*stream, parallel)[1]
+        return self.final_norm(stream, parallel)[1]
 
 
 def cache_shapes(

@@ -21,7 +21,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
 from .rounding import mul, reciprocal_sqrt
-from .tree import tree_sum
+from .tree import tree_join, tree_sum
 
 Ref = Any  # Pallas has no public type for what its refs become inside a kernel
 
@@ -84,6 +84,14 @@ def chunk_layout(size: int) -> Any:
 def load_chunk(ref: Ref, start: Any, size: int) -> jax.Array:
     """Elements start .. start + size of a row in global memory."""
     return plgpu.load(ref.at[pl.ds(start, size)], layout=chunk_layout(size), optimized=False)
+
+
+def load_term(ref: Ref, row: Any, start: Any, size: int, dtype: Any) -> jax.Array:
+    """Elements start .. start + size of a row of [M, D]; or of subtrees of a sum, float32 [P, M, D], joined."""
+    if len(ref.shape) == 2:
+        return load_chunk(ref.at[row], start, size)
+    parts = [load_chunk(ref.at[i, row], start, size) for i in range(ref.shape[0])]
+    return tree_join(parts).astype(dtype)
 
 
 def store_chunk(ref: Ref, start: Any, chunk: jax.Array) -> None:
@@ -180,6 +188,33 @@ def inverse_rms(
     if interpret:
         return reciprocal_sqrt(mul(tree_sum(parts[0]), np.float32(1 / d)) + np.float32(eps))
     return _inverse_rms(parts[0].shape[0], d, eps)(parts[0], scratch)
+
+
+def normalise(
+    chunks: Sequence[jax.Array],
+    scales: Sequence[jax.Array],
+    scratch: Ref,
+    *,
+    d: int,
+    eps: float,
+    interpret: bool,
+) -> list[jax.Array]:
+    """RMSNorm of a row, rounded to its dtype once, by the steps of `rms_norm_reference`.
+
+    Args:
+        chunks: the row, each [128 * v] as `load_chunk` lays it.
+        scales: the scale, laid likewise.
+        scratch: as `inverse_rms` takes it.
+        d: length of the row.
+        eps: added to the mean square.
+        interpret: Whether the interpreter runs this.
+    """
+    wide = [chunk.astype(jnp.float32) for chunk in chunks]
+    inverse = inverse_rms(wide, scratch, d=d, eps=eps, interpret=interpret)
+    return [
+        (chunk * inverse * scale.astype(jnp.float32)).astype(chunks[0].dtype)
+        for chunk, scale in zip(wide, scales, strict=True)
+    ]
 
 
 @functools.cache

@@ -7,6 +7,7 @@ import jax
 from ..common.backend import resolve_row_backend
 from ..common.dtypes import check_floats
 from ..common.gradient import inference_only
+from ..join_subtrees.api import check_addend
 from .reference import add_rms_norm_reference, rms_norm_reference
 
 
@@ -43,7 +44,8 @@ def add_rms_norm(
 
     Args:
         x: [..., D], bfloat16, float16 or float32.
-        y: like x.
+        y: like x; or subtrees of a sum, float32 [P, ..., D] as `matmul_subtrees` gives them, which are joined and
+            rounded to x's dtype first.
         scale: [D].
         eps: added to the mean square.
         backend: `reference` or `mosaic_gpu`, which has the bits that the reference has on a CPU; None chooses by
@@ -55,14 +57,15 @@ def add_rms_norm(
     Raises:
         ValueError: as `rms_norm`; or x and y are not alike.
     """
-    if x.shape != y.shape or x.dtype != y.dtype:
-        raise ValueError(f"x {x.shape} {x.dtype} and y {y.shape} {y.dtype} must be alike")
+    check_addend("add_rms_norm", x, y)
     _check("add_rms_norm", x, scale, eps)
     if _takes_kernel("add_rms_norm", x, scale, backend):
         from .mosaic_gpu import rms_norm_mosaic_gpu
 
         d = x.shape[-1]
-        total, out = rms_norm_mosaic_gpu(x.reshape(-1, d), scale, eps=eps, y=y.reshape(-1, d))
+        total, out = rms_norm_mosaic_gpu(
+            x.reshape(-1, d), scale, eps=eps, y=y.reshape(*y.shape[: y.ndim - x.ndim], -1, d)
+        )
         total, out = total.reshape(x.shape), out.reshape(x.shape)
     else:
         total, out = add_rms_norm_reference(x, y, scale, eps=eps)

@@ -26,7 +26,7 @@ def rms_norm_mosaic_gpu(
         x: [M, D], bfloat16 or float16; D a multiple of 16 up to 8192.
         scale: [D], of x's type.
         eps: added to the mean square.
-        y: like x; added to it first.
+        y: like x, or subtrees of a sum, float32 [P, M, D], which are joined and rounded; added to x first.
         interpret: Run on the CPU with the kernel's threads and barriers, slowly.
 
     Returns:
@@ -35,7 +35,7 @@ def rms_norm_mosaic_gpu(
     d = x.shape[1]
     terms = [x] if y is None else [x, y]
     if missing := -d % rows.THREADS:  # zeros add nothing to the sum of squares
-        terms = [jnp.pad(term, ((0, 0), (0, missing))) for term in terms]
+        terms = [jnp.pad(term, [(0, 0)] * (term.ndim - 1) + [(0, missing)]) for term in terms]
         scale = jnp.pad(scale, (0, missing))
     outs = _run(terms, scale, eps, d, interpret)
     if missing:
@@ -71,15 +71,13 @@ def _kernel(
     *terms, scale_ref = refs[: count + 1]
     outs = [ref.at[row] for ref in refs[count + 1 :]]
     starts = range(0, scale_ref.shape[0], size)
-    loaded = [[rows.load_chunk(ref.at[row], start, size) for start in starts] for ref in terms]
+    loaded = [[rows.load_term(ref, row, start, size, outs[0].dtype) for start in starts] for ref in terms]
     scales = [rows.load_chunk(scale_ref, start, size) for start in starts]
     x = loaded[0]
     if count == 2:
         x = [rows.add(a, b) for a, b in zip(*loaded, strict=True)]
         for start, chunk in zip(starts, x, strict=True):
             rows.store_chunk(outs[0], start, chunk)
-    wide = [chunk.astype(jnp.float32) for chunk in x]
-    inverse = rows.inverse_rms(wide, scratch, d=d, eps=eps, interpret=interpret)
-    for start, chunk, scale in zip(starts, wide, scales, strict=True):
-        normalised = chunk * inverse * scale.astype(jnp.float32)
-        rows.store_chunk(outs[-1], start, normalised.astype(x[0].dtype))
+    normalised = rows.normalise(x, scales, scratch, d=d, eps=eps, interpret=interpret)
+    for start, chunk in zip(starts, normalised, strict=True):
+        rows.store_chunk(outs[-1], start, chunk)

@@ -6,6 +6,7 @@ import numpy as np
 
 from ..common.rounding import mul, reciprocal_sqrt, round_to
 from ..common.tree import tree_sum
+from ..join_subtrees.reference import join_subtrees_reference
 from ..residual_add.reference import residual_add_reference
 
 
@@ -25,6 +26,8 @@ def rms_norm_reference(x: jax.Array, scale: jax.Array, *, eps: float) -> jax.Arr
 def add_rms_norm_reference(
     x: jax.Array, y: jax.Array, scale: jax.Array, *, eps: float
 ) -> tuple[jax.Array, jax.Array]:
-    """`residual_add_reference`, and `rms_norm_reference` of its rounded sum."""
+    """`residual_add_reference`, and `rms_norm_reference` of its rounded sum; y may be subtrees, see `join_subtrees`."""
+    if y.ndim > x.ndim:
+        y = join_subtrees_reference(y, x.dtype)
     total = residual_add_reference(x, y)
     return total, rms_norm_reference(total, scale, eps=eps)

@@ -43,6 +43,7 @@ from .config import (
     gate_config,
     reads_transposed,
 )
+from .mosaic_leaves import LeafLoop
 from .mosaic_problem import Problem, Ref, named_buffer, names_of, swizzle_of, tiling
 from .mosaic_sums import LINE, Exchange, Value, columns_of, homes_of
 from .operands import check_operands
@@ -278,9 +279,6 @@ def _consume(
     homes = homes_of(problem, saved, in_global)
     exchange = Exchange(problem, smem, in_global) if config.split > 1 else None
 
-    # Not a constant to the compiler: it would unroll a short loop, and mix up what waits in which registers.
-    leaf_steps = lax.optimization_barrier(jnp.int32(problem.leaf_steps))
-
     def multiply(acc: Ref, count: jax.Array) -> jax.Array:
         """Adds one stage's product to acc, in the background, and returns the stage's slot."""
         slot = lax.rem(count, jnp.int32(config.stages))
@@ -291,63 +289,14 @@ def _consume(
             plgpu.wgmma(acc, a, b.transpose((1, 0)) if problem.transpose_rhs else b)
         return slot
 
-    def free_when_read(last: jax.Array) -> None:
-        # A slot is freed one step late, so that the tensor cores always have the next step's work already.
-        plgpu.wgmma_wait(config.boxes)
-        plgpu.barrier_arrive(smem.empty.at[last])
-
-    def run_leaf(count: jax.Array, begun: Callable[[], None], ended: Callable[[Ref, jax.Array], Any]) -> Any:
-        """Runs the leaf whose first step is `count`, and leaves its last step in the background.
-
-        `begun` is called when the first step is under way. Returns ended(accumulator, slot of the last step).
-        """
-
-        def run(acc: Ref) -> Any:
-            def step(i: jax.Array, last: jax.Array) -> jax.Array:
-                slot = multiply(acc, count + i)
-                free_when_read(last)
-                return slot
-
-            first = multiply(acc, count)
-            begun()
-            return ended(acc, lax.fori_loop(1, leaf_steps, step, first))
-
-        acc = plgpu.ACC((config.tile_m, config.tile_n), jnp.float32)  # fresh, and so zero, for every leaf
-        return pl.run_scoped(run, acc)
-
-    def run_group(count: jax.Array, begun: Callable[[], None], leaves: int = problem.group) -> Value:
-        """The sum of a group of leaves, or of a cut tile's, which wait for one another in registers.
-
-        All but the last are looked at only when the next one has begun: the tensor cores do not wait for the adds.
-        """
-        waiting: list[Value] = []  # complete subtrees whose right sibling has to come, the largest first
-
-        def add_up(index: int, product: jax.Array) -> Value:
-            value = columns_of(product, config.block)
-            while index & 1:
-                value = [left + right for left, right in zip(waiting.pop(), value, strict=True)]
-                # Added up here and now: the compiler would else put it off, and keep both accumulators until then.
-                value = lax.optimization_barrier(value)
-                index >>= 1
-            waiting.append(value)
-            return value
-
-        def leaf(index: int, begun: Callable[[], None]) -> Value:
-            def ended(acc: Ref, last: jax.Array) -> Value:
-                if index + 1 == leaves:
-                    product = acc[...]
-                    plgpu.barrier_arrive(smem.empty.at[last])
-                    return add_up(index, product)
-
-                def next_begun() -> None:
-                    free_when_read(last)
-                    add_up(index, plgpu.wgmma_accumulator_load(acc, wait_n=None))
-
-                return leaf(index + 1, next_begun)
-
-            return run_leaf(count + index * problem.leaf_steps, begun, ended)
-
-        return leaf(0, begun)
+    loop = LeafLoop(
+        multiply=multiply,
+        free=lambda slot: plgpu.barrier_arrive(smem.empty.at[slot]),
+        products=config.boxes,
+        steps=problem.leaf_steps,
+        shape=(config.tile_m, config.tile_n),
+        block=config.block,
+    )
 
     def finish(value: Value, row: jax.Array, column: jax.Array, tiles: jax.Array) -> None:
         if config.gated:
@@ -377,7 +326,7 @@ def _consume(
 
     def tile_at_once(row: jax.Array, column: jax.Array, carry: tuple[jax.Array, jax.Array]) -> Any:
         count, tiles = carry
-        finish(run_group(count, lambda: None), row, column, tiles)
+        finish(loop.group(count, problem.group, lambda: None), row, column, tiles)
         return count + problem.part_steps, tiles + 1
 
     def tile_in_groups(row: jax.Array, column: jax.Array, carry: tuple[jax.Array, jax.Array, "_Held"]) -> Any:
@@ -390,20 +339,20 @@ def _consume(
                 # The last group's sum climbs the tree, and maybe leaves, while the tensor cores have this one's work.
                 pl.when(count > 0)(lambda: climb(0, held))
 
-            value = run_group(count, begun)
+            value = loop.group(count, problem.group, begun)
             held = _Held(value=value, group=index, row=row, column=column, tiles=tiles)
             return count + problem.group * problem.leaf_steps, held
 
         # A loop, not unrolled: the code of eight leaves would not stay in the instruction cache.
         groups = lax.optimization_barrier(
             jnp.int32(problem.part_leaves // problem.group)
-        )  # as with leaf_steps
+        )  # as with a leaf's steps
         count, held = lax.fori_loop(0, groups, group, (count, held))
         return count, tiles + 1, held
 
     def cut_tile(count: jax.Array, begun: Callable[[], None]) -> None:
         # Code of its own, which runs once: the loop over the whole tiles stays as short, and as quick to fetch.
-        value = run_group(count, begun, problem.cut_leaves)
+        value = loop.group(count, problem.cut_leaves, begun)
         row, column = problem.cut_place()
         value = Exchange(problem, smem, in_global).join_once(value)
         column = column + lax.axis_index("part") * config.out_columns

@@ -113,6 +113,18 @@ class Numerics(Protocol):
         ...
 
 
+class Stream(NamedTuple):
+    """A residual stream, and what is still to be added to it.
+
+    Attributes:
+        x: [B, T, D].
+        pending: like x; or, where the ops behind take it (see `few_rows`), the subtrees of a sum, float32 [P, B, T, D].
+    """
+
+    x: jax.Array
+    pending: jax.Array | None = None
+
+
 #: What yields, where others may take a turn, what its next turn takes and what this one computed; see `turns`.
 type Turns[T] = Generator[tuple[Any, Any], Any, T]
 
@@ -140,6 +152,24 @@ class Parallel:
         """`Numerics.row_parallel`, here in one turn."""
         yield from ()
         return self.numerics.row_parallel(x, w)
+
+    def total(self, stream: Stream) -> jax.Array:
+        """The residual stream [B, T, D], with what is still to be added to it."""
+        return stream.x if stream.pending is None else self.numerics.add(stream.x, stream.pending)
+
+    def norm(self, stream: Stream, scale: jax.Array, *, eps: float) -> tuple[jax.Array, jax.Array]:
+        """`total`, and RMSNorm of it."""
+        if stream.pending is None:
+            return self.numerics.keep_rms_norm(stream.x, scale, eps=eps)
+        return self.numerics.add_rms_norm(stream.x, stream.pending, scale, eps=eps)
+
+    def norm_column_parallel(
+        self, stream: Stream, scale: jax.Array, w: jax.Array, *, eps: float, gated: bool = False
+    ) -> tuple[jax.Array, jax.Array]:
+        """`total`, and `Numerics.column_parallel`, or `gated_column_parallel`, of RMSNorm of it."""
+        x, normalised = self.norm(stream, scale, eps=eps)
+        ops = self.numerics
+        return x, ops.gated_column_parallel(normalised, w) if gated else ops.column_parallel(normalised, w)
 
 
 class TrainingNumerics(Numerics, Protocol):

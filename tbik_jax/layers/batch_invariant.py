@@ -21,7 +21,7 @@ class BatchInvariantNumerics(InvariantNumerics):
     """`InvariantNumerics` with `lax.psum` over tp in row-parallel layers."""
 
     def row_parallel(self, x: jax.Array, w: jax.Array) -> jax.Array:
-        return lax.psum(tree_matmul(x, w, 1, backend=self._backend(x.dtype)), TP)
+        return lax.psum(tree_matmul(x, w, 1, backend=self.matmul_backend(x.dtype)), TP)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -53,7 +53,7 @@ class InvariantNumerics:
     ) -> jax.Array:
         columns = w.shape[0] * lax.axis_size(TP)
         plan = plan_contraction(k=x.shape[-1], n=columns, dtype=x.dtype, role="column")
-        backend = self._backend(x.dtype)
+        backend = self.matmul_backend(x.dtype)
         return tree_matmul(x, w, plan.leaves, out_dtype=out_dtype, transpose_rhs=True, backend=backend)
 
     def row_parallel(self, x: jax.Array, w: jax.Array) -> jax.Array:
@@ -68,7 +68,7 @@ class InvariantNumerics:
     def _row_product(self, x: jax.Array, w: jax.Array, out_dtype: jax.typing.DTypeLike) -> jax.Array:
         ranks = lax.axis_size(TP)
         plan = plan_contraction(k=x.shape[-1] * ranks, n=w.shape[1], dtype=x.dtype, role="row")
-        backend = self._backend(x.dtype)
+        backend = self.matmul_backend(x.dtype)
         return tree_matmul(x, w, plan.local_leaves(ranks), out_dtype=out_dtype, backend=backend)
 
     def rms_norm(self, x: jax.Array, scale: jax.Array, *, eps: float) -> jax.Array:
@@ -104,7 +104,7 @@ class InvariantNumerics:
     def gated_column_parallel(self, x: jax.Array, w: jax.Array) -> jax.Array:
         columns = w.shape[0] * lax.axis_size(TP)
         plan_contraction(k=x.shape[-1], n=columns, dtype=x.dtype, role="column")  # one leaf, or an error
-        return gated_matmul(x, w, backend=self._backend(x.dtype))
+        return gated_matmul(x, w, backend=self.matmul_backend(x.dtype))
 
     def attention(self, q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> jax.Array:
         return attention(q, k, v, positions, backend=self.attention_backend(q, k))
@@ -143,11 +143,14 @@ class InvariantNumerics:
 
     def attention_backend(self, q: jax.Array, k: jax.Array) -> str:
         """The backend of attention of q [B, T, N, H] and k [B, S, K, H], which no mesh changes."""
-        return attention_backend(self._backend(q.dtype), head_dim=q.shape[3], group=q.shape[2] // k.shape[2])
+        return attention_backend(
+            self.matmul_backend(q.dtype), head_dim=q.shape[3], group=q.shape[2] // k.shape[2]
+        )
 
-    def _backend(self, dtype: jax.typing.DTypeLike) -> str:
+    def matmul_backend(self, dtype: jax.typing.DTypeLike) -> str:
+        """The backend of products of `dtype`."""
         return "reference" if jnp.dtype(dtype) == jnp.float32 else self.backend
 
     def _row_backend(self, dtype: jax.typing.DTypeLike, refusal: str | None) -> str:
         """Where the kernel does not take a model's sizes, which no mesh changes, the reference runs."""
-        return "mosaic_gpu" if self._backend(dtype) == "mosaic_gpu" and refusal is None else "reference"
+        return "mosaic_gpu" if self.matmul_backend(dtype) == "mosaic_gpu" and refusal is None else "reference"

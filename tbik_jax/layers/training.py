@@ -96,7 +96,7 @@ class InvariantTraining(InvariantNumerics):
 
     def matmul(self, x: jax.Array, w: jax.Array, leaves: int, **options: Any) -> jax.Array:
         """`tree_matmul` on this backend."""
-        return tree_matmul(x, w, leaves, backend=self._backend(x.dtype), **options)
+        return tree_matmul(x, w, leaves, backend=self.matmul_backend(x.dtype), **options)
 
     def weight_gradient(self, dy: jax.Array, x: jax.Array) -> jax.Array:
         """dy^T x over this rank's tokens, fp32 [N, K], from dy [..., N] and x [..., K]: its token leaves, joined."""

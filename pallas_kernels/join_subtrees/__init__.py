@@ -1,0 +1,1 @@
+"""The last adds of a sum whose subtrees lie apart."""
