@@ -112,9 +112,7 @@ class Run:
         if least_free(devices) is not None:  # else there is nothing to compare with, and no reason to wait
             need = Need(
                 cache=sum(_shard_bytes(each) for each in jax.tree.leaves(self._shapes)),
-                temporary=max(
-                    (program.temporary_bytes(*args) for program, args in self._prepared), default=0
-                ),
+                temporary=max(program.temporary_bytes(*args) for program, args in self._prepared),
                 rows=self._batch.size // batch_ranks(self._mesh),
                 positions=self._capacity,
                 smaller=smaller,

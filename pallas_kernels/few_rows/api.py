@@ -66,7 +66,7 @@ def norm_matmul(
     ):
         from .mosaic_gpu import norm_matmul_mosaic_gpu  # imports the GPU lowering only where it is used
 
-        config = choose_norm_config(m, d)
+        config = choose_norm_config(m, d, w.shape[0] // (1 + gated), gated=gated)
         total, out = norm_matmul_mosaic_gpu(rows, terms, scale, w, eps=eps, gated=gated, config=config)
     else:
         total, out = norm_matmul_reference(rows, terms, scale, w, eps=eps, gated=gated)

@@ -4,19 +4,22 @@ Nothing here can change a bit of a result, only its speed.
 """
 
 import dataclasses
-import itertools
 
 from ..common.mosaic_rows import THREADS, vector_size
 from ..tree_matmul.config import RESIDENT_CLUSTERS, SMEM_BYTES
 
-MOST_ROWS = 8  # of a core matrix of the tensor cores
+MOST_ROWS = 8  # of x: the fewest columns that the tensor cores multiply
 #: Rows up to which a norm in every CTA costs less than one of its own: each reads all of what is to be normalised.
 MOST_NORMALISED = 1
 TILE_K = 64  # of a box: as wide as the widest swizzle
 TILE_M = 64  # rows that the tensor cores multiply at least
+SUBTREE_COLUMNS = 64  # of a tile of w [K, N]: likewise
+_LINE = 2 * TILE_K  # bytes of a box's row
 _ALIGNMENT = 1024
-_MOST_STAGES = 12
-_LEAST_BUSY = 0.75  # of the CTAs that run at once
+_MOST_STAGES = 24
+_STAGE_ROWS = 192  # of boxes in a stage: 24 KiB
+_MOST_COLUMNS = 96  # of a tile
+_LEAST_CTAS = 64  # which read as fast as all 132
 _LARGEST_ROW = 8192  # that is normalised: a thread's part of a longer one does not fit in its registers
 
 
@@ -25,36 +28,52 @@ class FewRowsConfig:
     """How a product is cut.
 
     Attributes:
-        tile_n: Columns of a tile, of both halves where it is gated.
+        columns: Of the result that a tile makes, a multiple of 8 up to 128; 64 where w is [K, N].
         boxes: Boxes of 64 k's in a stage.
         stages: Stages of w in flight.
         parts: Slices of K, each of them for CTAs of its own, whose sums the next op adds up.
         preparers: Warpgroups of a CTA that prepare rows of x, one of which multiplies.
     """
 
-    tile_n: int
+    columns: int
     boxes: int
     stages: int
     parts: int = 1
     preparers: int = 1
 
+    def box_rows(self, *, gated: bool) -> int:
+        """Rows of 64 elements of a box: columns of w [N, K], or k's of w [K, N], which are as many."""
+        return self.columns * (1 + gated)
+
+    def window(self, *, gated: bool) -> int:
+        """Rows of a box, and of what lies behind it, that the tensor cores read."""
+        return -(-self.box_rows(gated=gated) // TILE_M) * TILE_M
+
     def x_rows(self, k: int) -> int:
-        """Rows of boxes of the x in shared memory; see `mosaic_gpu._x_window`."""
-        return k // self.parts // TILE_K * MOST_ROWS + TILE_M - MOST_ROWS
+        """Rows of the boxes of x in shared memory."""
+        return k // self.parts // TILE_K * MOST_ROWS
 
-    def smem_bytes(self, k: int) -> int:
-        x = 2 * TILE_K * self.x_rows(k)
-        w = 2 * TILE_K * self.tile_n * self.boxes * self.stages
-        scratch = 2 * self.preparers * 4 * THREADS * vector_size(k // self.parts)
-        return sum(-(-size // _ALIGNMENT) * _ALIGNMENT for size in (x, w, scratch)) + 16 * self.stages + 64
-
-    def with_stages(self, k: int) -> "FewRowsConfig":
-        """This configuration with as many stages as fit."""
-        empty = dataclasses.replace(self, stages=0)
-        stage = 2 * TILE_K * self.tile_n * self.boxes
-        return dataclasses.replace(
-            self, stages=min(_MOST_STAGES, (SMEM_BYTES - empty.smem_bytes(k)) // stage)
+    def smem_bytes(self, k: int, *, gated: bool) -> int:
+        """Shared memory of a CTA."""
+        pitch, window = self.boxes * self.box_rows(gated=gated), self.window(gated=gated)
+        sizes = (
+            _LINE * self.x_rows(k),
+            _LINE * (self.stages * pitch + window - self.box_rows(gated=gated)),
+            4 * 2 * self.preparers * THREADS * vector_size(k // self.parts),
+            4 * MOST_ROWS * (window + THREADS),
         )
+        return sum(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes) + 16 * self.stages + 64
+
+    def deepest(self, k: int, leaf: int, *, gated: bool) -> "FewRowsConfig | None":
+        """With boxes that divide the leaf, and as many stages as fit; None where fewer than two do."""
+        rows = self.box_rows(gated=gated)
+        fitting = (b for b in (8, 4, 2) if leaf % (b * TILE_K) == 0 and b * rows <= _STAGE_ROWS)
+        boxes = next(fitting, 1)
+        for stages in range(_MOST_STAGES, 1, -1):
+            found = dataclasses.replace(self, boxes=boxes, stages=stages)
+            if found.smem_bytes(k, gated=gated) <= SMEM_BYTES:
+                return found
+        return None
 
 
 def size_refusal(m: int, k: int, *, normalised: bool) -> str | None:
@@ -68,31 +87,29 @@ def size_refusal(m: int, k: int, *, normalised: bool) -> str | None:
     return None
 
 
-def choose_norm_config(m: int, k: int) -> FewRowsConfig:
-    """For a product whose K is whole, behind a norm."""
-    return _deepest(FewRowsConfig(tile_n=32, boxes=4, stages=0, preparers=min(m, 3)), k, k)
+def choose_norm_config(m: int, k: int, columns: int, *, gated: bool) -> FewRowsConfig:
+    """For `columns` columns of a product whose K is whole, behind a norm: as many tiles as there are CTAs for."""
+    ctas = RESIDENT_CLUSTERS[1]
+    rounds = -(-columns // (ctas * _MOST_COLUMNS))
+    width = -(-columns // (ctas * rounds * 8)) * 8
+    found = FewRowsConfig(columns=width, boxes=1, stages=0, preparers=min(m, 3)).deepest(k, k, gated=gated)
+    assert found is not None  # at _LARGEST_ROW too
+    return found
 
 
 def choose_subtree_config(n: int, k: int, leaves: int, parts: int | None = None) -> FewRowsConfig | None:
-    """For a product of `leaves` leaves, in `parts` or as many as there are CTAs for.
+    """For a product of `leaves` leaves: in `parts`, or in as few as occupy half of the GPU.
 
-    None where no tiling fits or, with `parts` None, where too many CTAs would have nothing to do: `tree_matmul` is
-    quicker then.
+    So many CTAs read as fast as all, and the next op reads all parts once a CTA. None where no tiling fits or, with
+    `parts` None, none does that: `tree_matmul` runs then.
     """
-    if k // leaves % TILE_K:
-        return None
-    ctas, found = RESIDENT_CLUSTERS[1], []
-    for tile_n, count in itertools.product((64, 128), (1, 2, 4, 8) if parts is None else (parts,)):
-        used = n // tile_n * count
-        if n % tile_n or n < THREADS or leaves % count or k // count % THREADS or used > ctas:
-            continue
-        config = _deepest(FewRowsConfig(tile_n=tile_n, boxes=4, stages=0, parts=count), k, k // leaves)
-        if config.stages >= 2 and (parts is not None or used >= _LEAST_BUSY * ctas):
-            found.append((used, -tile_n, config))
-    return max(found, key=lambda each: each[:2])[2] if found else None
-
-
-def _deepest(config: FewRowsConfig, k: int, leaf: int) -> FewRowsConfig:
-    """With stages as deep as divide the leaf."""
-    boxes = next(boxes for boxes in (config.boxes, 2, 1) if leaf % (boxes * TILE_K) == 0)
-    return dataclasses.replace(config, boxes=boxes).with_stages(k)
+    ctas = RESIDENT_CLUSTERS[1]
+    for count in (2, 4, 8) if parts is None else (parts,):
+        used = n // SUBTREE_COLUMNS * count
+        occupied = parts is not None or _LEAST_CTAS <= used <= ctas
+        whole = not (n % SUBTREE_COLUMNS or leaves % count or k // count % THREADS or k // leaves % TILE_K)
+        if occupied and whole and n >= THREADS:
+            config = FewRowsConfig(columns=SUBTREE_COLUMNS, boxes=1, stages=0, parts=count)
+            if found := config.deepest(k, k // leaves, gated=False):
+                return found
+    return None

@@ -112,17 +112,17 @@ def test_subtrees_that_meet_in_another_order_show():
 @pytest.mark.parametrize(
     ("m", "d", "n", "gated", "subtrees", "config"),
     [
-        (1, 256, 64, False, None, FewRowsConfig(tile_n=32, boxes=2, stages=2)),
-        (1, 640, 96, True, 4, FewRowsConfig(tile_n=32, boxes=1, stages=3)),  # three tiles of two CTAs
+        (1, 256, 64, False, None, FewRowsConfig(columns=32, boxes=2, stages=2)),
+        (1, 640, 96, True, 4, FewRowsConfig(columns=16, boxes=1, stages=3)),  # three tiles of two CTAs
         (
             5,
             384,
             80,
             False,
             0,
-            FewRowsConfig(tile_n=32, boxes=2, stages=2, preparers=3),
+            FewRowsConfig(columns=72, boxes=2, stages=2, preparers=3),
         ),  # a tile over the edge
-        (8, 128, 32, True, 2, FewRowsConfig(tile_n=32, boxes=2, stages=2, preparers=2)),
+        (8, 128, 32, True, 2, FewRowsConfig(columns=8, boxes=2, stages=2, preparers=2)),
     ],
 )
 def test_the_kernel_normalises_while_w_comes(m, d, n, gated, subtrees, config):
@@ -148,10 +148,10 @@ def test_the_kernel_normalises_while_w_comes(m, d, n, gated, subtrees, config):
 @pytest.mark.parametrize(
     ("m", "leaf", "leaves", "n", "config"),
     [
-        (1, 128, 2, 64, FewRowsConfig(tile_n=64, boxes=1, stages=2, parts=2)),
-        (3, 64, 8, 128, FewRowsConfig(tile_n=64, boxes=1, stages=3, parts=2)),
-        (8, 128, 4, 128, FewRowsConfig(tile_n=128, boxes=2, stages=2, parts=4, preparers=2)),
-        (2, 128, 4, 192, FewRowsConfig(tile_n=64, boxes=2, stages=2)),  # three tiles of two CTAs
+        (1, 128, 2, 64, FewRowsConfig(columns=64, boxes=1, stages=2, parts=2)),
+        (3, 64, 8, 128, FewRowsConfig(columns=64, boxes=1, stages=3, parts=2)),
+        (8, 128, 4, 128, FewRowsConfig(columns=64, boxes=2, stages=2, parts=4, preparers=2)),
+        (2, 128, 4, 192, FewRowsConfig(columns=64, boxes=2, stages=2)),  # three tiles of two CTAs
     ],
 )
 def test_the_kernel_gives_the_subtrees(m, leaf, leaves, n, config):
@@ -190,14 +190,14 @@ def lowered(function, *args):
 def test_the_chosen_tilings_fit_and_lower_for_hopper(monkeypatch, size, m):
     monkeypatch.setattr(backend, "device_backend", lambda device: "mosaic_gpu")
     d, *contractions = SIZES[size]
-    config = choose_norm_config(m, d)
-    assert config.stages >= 4 and config.smem_bytes(d) <= SMEM_BYTES
+    config = choose_norm_config(m, d, 3 * d, gated=True)
+    assert config.stages >= 4 and config.smem_bytes(d, gated=True) <= SMEM_BYTES
     for k in contractions:
         config = choose_subtree_config(d, k, 8)
-        assert (config is not None) == (size in ("0.6B", "1.7B", "8B"))  # 64 * 2**i columns fill the GPU
+        assert (config is not None) == (size not in ("14B", "32B"))  # 80 tiles, of which 160 are too many
         if config is not None:
-            assert config.stages >= 2 and config.smem_bytes(k) <= SMEM_BYTES
-            assert 96 < d // config.tile_n * config.parts <= 132
+            assert config.stages >= 3 and config.smem_bytes(k, gated=False) <= SMEM_BYTES
+            assert 64 <= d // 64 * config.parts <= 132
     x, w, scale = (jax.ShapeDtypeStruct(s, BF16) for s in ((m, d), (256, d), (d,)))
     pending = jax.ShapeDtypeStruct((2, m, d), jnp.float32)
     norm = functools.partial(norm_matmul, eps=EPS, backend="mosaic_gpu", gated=True)

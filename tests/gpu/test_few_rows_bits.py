@@ -1,0 +1,139 @@
+"""Bits of the products of few rows on a Hopper GPU: `pytest -m gpu tests/gpu/test_few_rows_bits.py`.
+
+`benchmarks/few_rows_speed.py` compares the shapes of the published models, and times them.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tbik_jax.pallas_kernels import (
+    add_rms_norm,
+    gated_matmul,
+    join_subtrees,
+    matmul_subtrees,
+    norm_matmul,
+    rms_norm,
+    tree_join,
+    tree_matmul,
+)
+from tbik_jax.pallas_kernels.common.backend import device_backend
+from tbik_jax.pallas_kernels.few_rows.config import FewRowsConfig
+from tbik_jax.pallas_kernels.few_rows.mosaic_gpu import norm_matmul_mosaic_gpu
+from tests.helpers import assert_same_bits, cancelling, differing, normal, wide
+
+EPS = 1e-6
+KINDS = [normal, wide, cancelling]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def hopper():
+    try:
+        device = jax.devices("gpu")[0]
+    except RuntimeError:
+        pytest.skip("no GPU here")
+    if device_backend(device) != "mosaic_gpu":
+        pytest.skip("no Hopper GPU here")
+
+
+def on_cpu(function, *operands):
+    cpu = jax.devices("cpu")[0]
+    with jax.default_device(cpu):
+        return jax.tree.map(np.asarray, jax.jit(function)(*jax.device_put(operands, cpu)))
+
+
+def operands(make, m, d, n, dtype, parts):
+    rng = np.random.default_rng([m, d, n])
+    x, scale = make(rng, (m, d), dtype), (1 + normal(rng, (d,)) / 5).astype(dtype)
+    y = make(rng, (parts, m, d)) if parts else make(rng, (m, d), dtype)
+    return tuple(jnp.asarray(a) for a in (x, y, scale, make(rng, (n, d), dtype) * dtype(d**-0.5)))
+
+
+def one_after_the_other(x, y, scale, w, gated):
+    if y is None:
+        total, normalised = x, rms_norm(x, scale, eps=EPS, backend="mosaic_gpu")
+    else:
+        y = join_subtrees(y, x.dtype, backend="mosaic_gpu") if y.ndim > x.ndim else y
+        total, normalised = add_rms_norm(x, y, scale, eps=EPS, backend="mosaic_gpu")
+    product = gated_matmul if gated else functools.partial(tree_matmul, leaves=1, transpose_rhs=True)
+    return total, product(normalised, w, backend="mosaic_gpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("make", KINDS)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16.dtype.type, np.float16])
+@pytest.mark.parametrize(
+    ("m", "d", "n", "gated", "parts"),
+    [(1, 2048, 4096, False, 2), (1, 1024, 6144, True, 4), (3, 640, 208, False, 0), (8, 2560, 4832, True, 8)],
+)
+def test_a_norm_in_the_product_has_the_bits_of_both(make, dtype, m, d, n, gated, parts):
+    x, y, scale, w = operands(make, m, d, n, dtype, parts)
+    fused = functools.partial(norm_matmul, eps=EPS, gated=gated, backend="mosaic_gpu")
+    whole = fused(x, y, scale, w)
+    assert_same_bits(whole, one_after_the_other(x, y, scale, w, gated))
+    assert_same_bits(fused(x, None, scale, w), one_after_the_other(x, None, scale, w, gated))
+    for row in range(m):  # a row stands alone
+        alone = fused(x[row : row + 1], y[..., row : row + 1, :], scale, w)
+        assert_same_bits(alone, tuple(out[row : row + 1] for out in whole))
+    # twin: the stream that was not rounded before the norm
+    if parts == 0:
+        unrounded = on_cpu(
+            functools.partial(rms_norm, eps=EPS), x.astype(jnp.float32) + y, scale * jnp.float32(1)
+        )
+        product = tree_matmul(
+            jnp.asarray(unrounded).astype(dtype), w, 1, transpose_rhs=True, backend="mosaic_gpu"
+        )
+        assert differing(product, whole[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("make", KINDS)
+def test_no_tiling_of_a_norm_s_product_shows(make):
+    x, y, scale, w = operands(make, 2, 1024, 2000, jnp.bfloat16.dtype.type, 2)
+    expected = one_after_the_other(x, y, scale, w, False)
+    for columns, boxes, stages, preparers in (
+        (8, 8, 2, 1),
+        (56, 1, 9, 2),
+        (64, 2, 3, 1),
+        (96, 1, 2, 3),
+        (128, 4, 2, 1),
+    ):
+        config = FewRowsConfig(columns=columns, boxes=boxes, stages=stages, preparers=preparers)
+        for _ in range(3):  # a race need not show at once
+            found = norm_matmul_mosaic_gpu(x, y, scale, w, eps=EPS, gated=False, config=config)
+            assert_same_bits(found, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("make", KINDS)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16.dtype.type, np.float16])
+@pytest.mark.parametrize(("m", "k", "n"), [(1, 6144, 2048), (3, 2048, 1024), (8, 4096, 4096)])
+def test_subtrees_join_to_the_whole_product(make, dtype, m, k, n):
+    rng = np.random.default_rng([m, k, n])
+    x, w = jnp.asarray(make(rng, (m, k), dtype)), jnp.asarray(make(rng, (k, n), dtype) * dtype(k**-0.5))
+    whole = tree_matmul(x, w, 8, out_dtype=jnp.float32, backend="mosaic_gpu")
+    for parts in (None, 2, 4, 8):
+        if n // 64 * (parts or 1) > 132:
+            continue
+        subtrees = matmul_subtrees(x, w, 8, parts=parts, backend="mosaic_gpu")
+        each = list(np.asarray(subtrees))  # joined by NumPy, whose fp32 adds are correctly rounded too
+        assert_same_bits(tree_join(each), whole)
+        rounded = join_subtrees(subtrees, x.dtype, backend="mosaic_gpu")
+        assert_same_bits(rounded, tree_matmul(x, w, 8, backend="mosaic_gpu"))
+        if parts == 8:  # twin: other neighbours
+            assert differing(tree_join([each[i] for i in (0, 2, 1, 3, 4, 5, 6, 7)]), whole)
+    assert len(matmul_subtrees(x, w, 8, backend="mosaic_gpu")) > 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("parts", [2, 8])
+def test_a_norm_and_a_join_of_subtrees_have_the_reference_s_bits(parts):
+    x, y, scale, _ = operands(wide, 5, 2560, 16, jnp.bfloat16.dtype.type, parts)
+    join = functools.partial(join_subtrees, dtype=jnp.bfloat16)
+    assert_same_bits(join(y, backend="mosaic_gpu"), on_cpu(functools.partial(join, backend="reference"), y))
+    norm = functools.partial(add_rms_norm, eps=EPS)
+    found = norm(x, y, scale, backend="mosaic_gpu")
+    assert_same_bits(found, on_cpu(functools.partial(norm, backend="reference"), x, y, scale))
