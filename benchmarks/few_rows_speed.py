@@ -34,6 +34,7 @@ from tbik_jax.pallas_kernels import (
     norm_matmul,
     tree_matmul,
 )
+from tbik_jax.pallas_kernels.few_rows.api import norm_matmul_refusal
 from tbik_jax.pallas_kernels.few_rows.config import choose_subtree_config
 
 EPS = 1e-6
@@ -42,7 +43,8 @@ _SEED = 0
 
 def main(argv: list[str]) -> int:
     args = _arguments(argv)
-    data: dict[str, Any] = {"environment": environment(), "rows": []}
+    arguments = {name: getattr(args, name) for name in ("models", "rows", "limit")}
+    data: dict[str, Any] = {"environment": environment(), "arguments": arguments, "rows": [], "left": []}
     began, failed = time.perf_counter(), 0
     for model in ["small"] if args.dry else args.models:
         config = _config(model)
@@ -50,14 +52,17 @@ def main(argv: list[str]) -> int:
             for name, measure in _PRODUCTS.items():
                 if time.perf_counter() - began > args.limit:
                     print(f"{model} {name} of {m}: no time left")
+                    data["left"].append({"model": model, "product": name, "m": m})
                     failed += 1
                     continue
                 row = {"model": model, "product": name, "m": m, **measure(config, m, args.dry)}
-                failed += row.get("differ", 1) != 0
+                failed += bool(row["differ"])
                 data["rows"].append(row)
                 print(json.dumps(row), flush=True)
                 if args.out:
                     args.out.write_text(dump(data))
+    if args.out:
+        args.out.write_text(dump(data))
     print("FAILED" if failed else "ok")
     return int(failed > 0)
 
@@ -65,16 +70,18 @@ def main(argv: list[str]) -> int:
 def _column(config: Qwen3Config, m: int, dry: bool, *, gated: bool) -> dict[str, Any]:
     d, f, heads = _sizes(config)
     n = 2 * f if gated else (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
-    chosen = choose_subtree_config(d, heads, 8)
+    chosen = choose_subtree_config(d, heads, 8, m=m)
     parts = 1 if chosen is None else chosen.parts
     draw = _Draw()
     x, y, scale = draw(m, d), draw(parts, m, d, dtype=jnp.float32), draw(d)
+    first = draw(n, d, scale=d**-0.5)
+    if norm_matmul_refusal(x, scale, first, gated):
+        return {"n": n, "k": d, "parts": parts, "differ": None}  # not fused, nothing compared
     joined = join_subtrees(y, x.dtype)
     product = gated_matmul if gated else functools.partial(tree_matmul, leaves=1, transpose_rhs=True)
     fused = jax.jit(functools.partial(norm_matmul, eps=EPS, gated=gated))
     norm = jax.jit(functools.partial(add_rms_norm, eps=EPS))
     single = jax.jit(product)
-    first = draw(n, d, scale=d**-0.5)
     total, normalised = norm(x, joined, scale)
     differ = _differing(fused(x, y, scale, first), (total, single(normalised, first)))
     return {"n": n, "k": d, "parts": parts, "differ": differ} | _times(
@@ -91,9 +98,9 @@ def _column(config: Qwen3Config, m: int, dry: bool, *, gated: bool) -> dict[str,
 def _row(config: Qwen3Config, m: int, dry: bool, *, down: bool) -> dict[str, Any]:
     d, f, heads = _sizes(config)
     k = f if down else heads
-    chosen = choose_subtree_config(d, k, 8)
+    chosen = choose_subtree_config(d, k, 8, m=m)
     if chosen is None:
-        return {"n": d, "k": k, "differ": 0, "parts": None}  # not fused
+        return {"n": d, "k": k, "differ": None, "parts": None}  # not fused, nothing compared
     draw = _Draw()
     x, first = draw(m, k), draw(k, d, scale=k**-0.5)
     fused = jax.jit(functools.partial(matmul_subtrees, parts=chosen.parts))

@@ -87,8 +87,8 @@ def columns_compared(shape: AttentionShape, dtype: Any, plan: AttentionPlan) -> 
 
     `benchmarks/results/decode_variants_h200.json` and `check_attention_bits_h200.json` have bfloat16 and float16,
     head_dim 64 and 128, 1 to 8 rows (queries times heads a KV head), caches that end within a block, and the default
-    plan; `decode_clusters_h200.json` and `tests/gpu/test_attention_bits.py` (`gpu_tests_h200.json`) have clusters with
-    an idle CTA, the latter at seams and with ragged lengths too. What a CTA does depends on its batch row and KV head
+    plan; `decode_clusters_h200.json` has clusters with an idle CTA, and `tests/gpu/test_attention_bits.py` forces them
+    at seams and with ragged lengths too. What a CTA does depends on its batch row and KV head
     alone, so their number does not matter.
     """
     rows = shape.t * shape.group <= COLUMNS and shape.h in (64, 128)

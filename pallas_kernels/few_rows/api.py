@@ -9,7 +9,7 @@ from ..common.dtypes import check_floats
 from ..common.gradient import inference_only
 from ..join_subtrees.api import check_addend
 from ..tree_matmul.plan import check_leaves
-from .config import choose_norm_config, choose_subtree_config, size_refusal
+from .config import MOST_GATED, choose_norm_config, choose_subtree_config, size_refusal
 from .reference import matmul_subtrees_reference, norm_matmul_reference
 
 
@@ -79,6 +79,8 @@ def norm_matmul_refusal(x: jax.Array, scale: jax.Array, w: jax.Array, gated: boo
     columns = w.shape[0] // 2 if gated else w.shape[0]
     if columns % 16 or not columns:
         return f"takes a multiple of 16 columns, not {columns}"
+    if gated and columns > MOST_GATED:
+        return f"takes up to {MOST_GATED} gated columns, a tile a CTA, not {columns}"
     if scale.dtype != x.dtype:
         return f"takes a scale of x's dtype, not {x.dtype} and {scale.dtype}"
     return size_refusal(math.prod(x.shape[:-1]), x.shape[-1], normalised=True)
@@ -120,7 +122,7 @@ def matmul_subtrees(
     if resolve_row_backend("matmul_subtrees", backend, x.dtype, refusal) == "mosaic_gpu":
         from .mosaic_gpu import matmul_subtrees_mosaic_gpu  # imports the GPU lowering only where it is used
 
-        config = choose_subtree_config(w.shape[1], w.shape[0], leaves, parts)
+        config = choose_subtree_config(w.shape[1], w.shape[0], leaves, parts, m=m)
         assert config is not None
         out = matmul_subtrees_mosaic_gpu(rows, w, leaves=leaves, config=config)
     else:
@@ -133,7 +135,8 @@ def matmul_subtrees_refusal(
 ) -> str | None:
     """Why the Hopper kernel of `matmul_subtrees` does not take the operands, or None if it does."""
     k, n = w.shape
-    refusal = size_refusal(math.prod(x.shape[:-1]), k, normalised=False)
-    if refusal is None and choose_subtree_config(n, k, leaves, parts) is None:
-        return f"has no tiling for K={k}, N={n}, leaves={leaves} and parts={parts}"
+    m = math.prod(x.shape[:-1])
+    refusal = size_refusal(m, k, normalised=False)
+    if refusal is None and choose_subtree_config(n, k, leaves, parts, m=m) is None:
+        return f"has no tiling for {m} rows, K={k}, N={n}, leaves={leaves} and parts={parts}"
     return refusal

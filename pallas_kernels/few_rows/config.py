@@ -20,7 +20,11 @@ _MOST_STAGES = 24
 _STAGE_ROWS = 192  # of boxes in a stage: 24 KiB
 _MOST_COLUMNS = 96  # of a tile
 _LEAST_CTAS = 64  # which read as fast as all 132
+#: Gated columns that all CTAs take in a tile each; several tiles a CTA have been compared on a GPU for others alone.
+MOST_GATED = RESIDENT_CLUSTERS[1] * _MOST_COLUMNS
 _LARGEST_ROW = 8192  # that is normalised: a thread's part of a longer one does not fit in its registers
+_MOST_PREPARERS = 3
+_MOST_CHUNKS = 64  # that a warpgroup prepares: each is code of its own
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,7 +88,15 @@ def size_refusal(m: int, k: int, *, normalised: bool) -> str | None:
         return f"takes K of a multiple of {THREADS}, not {k}"
     if normalised and k > _LARGEST_ROW:
         return f"normalises rows of up to {_LARGEST_ROW}, not {k}"
+    if normalised and _chunks(-(-m // _MOST_PREPARERS), k) > _MOST_CHUNKS:
+        chunk = THREADS * vector_size(k)
+        return f"prepares up to {_MOST_CHUNKS} chunks of {chunk} elements, which {m} rows of {k} exceed"
     return None
+
+
+def _chunks(turns: int, k: int) -> int:
+    """Chunks of rows that a warpgroup prepares one after the other."""
+    return turns * (k // (THREADS * vector_size(k)))
 
 
 def choose_norm_config(m: int, k: int, columns: int, *, gated: bool) -> FewRowsConfig:
@@ -92,23 +104,27 @@ def choose_norm_config(m: int, k: int, columns: int, *, gated: bool) -> FewRowsC
     ctas = RESIDENT_CLUSTERS[1]
     rounds = -(-columns // (ctas * _MOST_COLUMNS))
     width = -(-columns // (ctas * rounds * 8)) * 8
-    found = FewRowsConfig(columns=width, boxes=1, stages=0, preparers=min(m, 3)).deepest(k, k, gated=gated)
+    found = FewRowsConfig(columns=width, boxes=1, stages=0, preparers=min(m, _MOST_PREPARERS)).deepest(
+        k, k, gated=gated
+    )
     assert found is not None  # at _LARGEST_ROW too
     return found
 
 
-def choose_subtree_config(n: int, k: int, leaves: int, parts: int | None = None) -> FewRowsConfig | None:
-    """For a product of `leaves` leaves: in `parts`, or in as few as occupy half of the GPU.
+def choose_subtree_config(
+    n: int, k: int, leaves: int, parts: int | None = None, *, m: int = 1
+) -> FewRowsConfig | None:
+    """For a product of m rows and `leaves` leaves: in `parts`, or in as few as occupy half of the GPU.
 
-    So many CTAs read as fast as all, and the next op reads all parts once a CTA. None where no tiling fits or, with
-    `parts` None, none does that: `tree_matmul` runs then.
+    So many CTAs read as fast as all, and the next op reads all parts once a CTA. None where no tiling fits, a tile a
+    CTA, or, with `parts` None, none does that: `tree_matmul` runs then.
     """
     ctas = RESIDENT_CLUSTERS[1]
     for count in (2, 4, 8) if parts is None else (parts,):
         used = n // SUBTREE_COLUMNS * count
-        occupied = parts is not None or _LEAST_CTAS <= used <= ctas
+        occupied = used <= ctas and (parts is not None or used >= _LEAST_CTAS)
         whole = not (n % SUBTREE_COLUMNS or leaves % count or k // count % THREADS or k // leaves % TILE_K)
-        if occupied and whole and n >= THREADS:
+        if occupied and whole and n >= THREADS and _chunks(m, k // count) <= _MOST_CHUNKS:
             config = FewRowsConfig(columns=SUBTREE_COLUMNS, boxes=1, stages=0, parts=count)
             if found := config.deepest(k, k // leaves, gated=False):
                 return found

@@ -78,7 +78,7 @@ def matmul_subtrees_mosaic_gpu(
 
     Args:
         x: [M, K], bfloat16 or float16, M up to 8.
-        w: [K, N], N a multiple of `config.tile_n`.
+        w: [K, N], N a multiple of 64.
         leaves: of K.
         config: See `choose_subtree_config`.
         interpret: Run on the CPU with the kernel's threads and barriers, slowly.
@@ -136,6 +136,6 @@ def _kernel(product: Product, *refs: rows.Ref, **scratch: rows.Ref) -> None:
     @pl.when(wg < preparers)
     def _() -> None:
         prepare(product, terms, scale, total[0] if total else None, smem)
-        plgpu.commit_smem()  # the whole warpgroup: one of its threads arrives for all
+        plgpu.commit_smem()
         plgpu.barrier_arrive(smem.ready)
         pl.when(wg == 0)(lambda: multiply(product, out, smem))

@@ -2,6 +2,7 @@
 
 The kernels are those of `pallas_kernels.few_rows`. A step of few rows takes the time to read the weights, and between
 two products none is read. Each op does the adds and the roundings of the ops that it fuses, so the bits are theirs.
+Scoring and `tbik_jax.bisect` run the ops one by one.
 """
 
 import dataclasses
@@ -27,10 +28,12 @@ class ParallelOfFewRows(Parallel):
     def row_parallel(self, x: jax.Array, w: jax.Array) -> Turns[jax.Array]:
         """See `Parallel.row_parallel`; on a whole K the subtrees, which the next norm adds up."""
         yield from ()
-        if not self._fuses(x) or lax.axis_size(TP) > 1 or matmul_subtrees_refusal(x, w):
+        if not self._fuses(x) or lax.axis_size(TP) > 1:
             return self.numerics.row_parallel(x, w)
-        plan = plan_contraction(k=x.shape[-1], n=w.shape[1], dtype=x.dtype, role="row")
-        return matmul_subtrees(x, w, plan.leaves, backend=self._backend(x))
+        leaves = plan_contraction(k=x.shape[-1], n=w.shape[1], dtype=x.dtype, role="row").leaves
+        if matmul_subtrees_refusal(x, w, leaves):
+            return self.numerics.row_parallel(x, w)
+        return matmul_subtrees(x, w, leaves, backend=self._backend(x))
 
     def total(self, stream: Stream) -> jax.Array:
         """See `Parallel.total`."""

@@ -181,6 +181,10 @@ def test_the_norm_s_kernel_and_the_join_s_add_subtrees_up(d, subtrees):
         assert differing(join_subtrees_mosaic_gpu(other, jnp.float32, interpret=True), joined)
 
 
+def gated(x, scale, w, **options):
+    return norm_matmul(x, None, scale, w, eps=EPS, gated=True, **options)
+
+
 def lowered(function, *args):
     return jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
 
@@ -193,8 +197,9 @@ def test_the_chosen_tilings_fit_and_lower_for_hopper(monkeypatch, size, m):
     config = choose_norm_config(m, d, 3 * d, gated=True)
     assert config.stages >= 4 and config.smem_bytes(d, gated=True) <= SMEM_BYTES
     for k in contractions:
-        config = choose_subtree_config(d, k, 8)
-        assert (config is not None) == (size not in ("14B", "32B"))  # 80 tiles, of which 160 are too many
+        config = choose_subtree_config(d, k, 8, m=m)
+        # 14B and 32B have 80 tiles, of which 160 are too many; 8 rows of 9728 are too many chunks
+        assert (config is not None) == (size not in ("14B", "32B") and (k, m) != (9728, 8))
         if config is not None:
             assert config.stages >= 3 and config.smem_bytes(k, gated=False) <= SMEM_BYTES
             assert 64 <= d // 64 * config.parts <= 132
@@ -202,7 +207,7 @@ def test_the_chosen_tilings_fit_and_lower_for_hopper(monkeypatch, size, m):
     pending = jax.ShapeDtypeStruct((2, m, d), jnp.float32)
     norm = functools.partial(norm_matmul, eps=EPS, backend="mosaic_gpu", gated=True)
     assert lowered(norm, x, pending, scale, w).count("@mosaic_gpu_v2") == 1
-    if choose_subtree_config(d, contractions[-1], 8):
+    if choose_subtree_config(d, contractions[-1], 8, m=m):
         x, w = (jax.ShapeDtypeStruct(s, BF16) for s in ((m, contractions[-1]), (contractions[-1], d)))
         text = lowered(functools.partial(matmul_subtrees, backend="mosaic_gpu"), x, w)
         assert text.count("@mosaic_gpu_v2") == 1
@@ -228,7 +233,11 @@ def test_the_chosen_tilings_fit_and_lower_for_hopper(monkeypatch, size, m):
         (lambda z: norm_matmul(z(1, 128), None, z(128), z(16, 128).astype(jnp.float32), eps=EPS), "must be the same"),
         (lambda z: matmul_subtrees(z(1, 128), z(64, 16)), "x [..., K] and w [K, N]"),
         (lambda z: matmul_subtrees(z(1, 128), z(128, 16), 4, parts=8), "parts=8 does not cut 4 leaves"),
-        (lambda z: matmul_subtrees(z(1, 1024), z(1024, 48), backend="mosaic_gpu"), "no tiling for K=1024, N=48"),
+        (lambda z: matmul_subtrees(z(1, 1024), z(1024, 48), backend="mosaic_gpu"), "for 1 rows, K=1024, N=48"),
+        (lambda z: gated(z(8, 8064), z(8064), z(32, 8064), backend="mosaic_gpu"), "64 chunks of 128"),
+        (lambda z: gated(z(1, 128), z(128), z(34816, 128), backend="mosaic_gpu"), "up to 12672 gated columns"),
+        (lambda z: matmul_subtrees(z(1, 6144), z(6144, 4096), parts=8, backend="mosaic_gpu"), "no tiling for 1 rows"),
+        (lambda z: matmul_subtrees(z(8, 9728), z(9728, 2560), backend="mosaic_gpu"), "no tiling for 8 rows, K=9728"),
         (lambda z: matmul_subtrees(z(9, 1024), z(1024, 128), backend="mosaic_gpu"), "1 to 8 rows, not 9"),
         (lambda z: join_subtrees(z(2, 1, 128), BF16), "takes float32"),
         (lambda z: join_subtrees(jnp.zeros((3, 1, 128)), BF16), "a power of two"),
