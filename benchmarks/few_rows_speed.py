@@ -25,6 +25,7 @@ from benchmarks.matmul_speed import dump
 from tbik_jax import synthetic
 from tbik_jax.bench import device_time
 from tbik_jax.bench.environment import environment
+from tbik_jax.bisect.bits import bits_of
 from tbik_jax.models.qwen3 import Qwen3Config
 from tbik_jax.pallas_kernels import (
     add_rms_norm,
@@ -157,12 +158,7 @@ class _Draw:
 
 def _differing(found: Any, expected: Any) -> int:
     pairs = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
-    return sum(int((_bits(a) != _bits(b)).sum()) for a, b in pairs)
-
-
-def _bits(x: jax.Array) -> np.ndarray:
-    array = np.asarray(x)
-    return array.view({2: np.uint16, 4: np.uint32}[array.dtype.itemsize])
+    return sum(int((bits_of(np.asarray(a)) != bits_of(np.asarray(b))).sum()) for a, b in pairs)
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:

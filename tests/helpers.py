@@ -36,6 +36,13 @@ def differing(actual: Any, expected: Any) -> int:
     return int((bits(actual) != bits(expected)).sum())
 
 
+def on_cpu(function: Callable[..., Any], *operands: Any) -> Any:
+    """The bits of a reference: XLA's own divisions and roots on a GPU are not always the nearest number."""
+    cpu = jax.devices("cpu")[0]
+    with jax.default_device(cpu):
+        return jax.tree.map(np.asarray, jax.jit(function)(*jax.device_put(operands, cpu)))
+
+
 def normal(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
     """Standard normal numbers."""
     return rng.standard_normal(shape).astype(dtype)
@@ -52,6 +59,13 @@ def cancelling(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any = np
     rest = -half + rng.standard_normal(half.shape) * 2.0**-6
     pairs = np.stack([half, rest], axis=-1).reshape(*shape[:-1], -1)
     return pairs.astype(dtype)
+
+
+def cancelling_parts(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """Parts of a sum, float32 [P, ...], of which neighbours leave little: another order shows in any dtype."""
+    parts = rng.standard_normal(shape) * 2.0**12
+    parts[1::2] = rng.standard_normal(parts[1::2].shape) - parts[::2][: len(parts[1::2])]
+    return parts.astype(np.float32)
 
 
 def mixed(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:

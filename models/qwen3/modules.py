@@ -268,9 +268,8 @@ class Qwen3(nnx.Module):
             def step(x: jax.Array, layer_and_cache: Any) -> tuple[jax.Array, Any]:
                 layer = nnx.merge(nnx.graphdef(self.layers[0]), layer_and_cache[0])
                 stream, layer_cache = layer(Stream(x), batch, layer_and_cache[1], parallel)
-                x = parallel.total(
-                    stream
-                )  # all layers are one program, and nothing is pending before the first
+                # All layers are one program, and nothing is pending before the first.
+                x = parallel.total(stream)
                 return x, (layer_cache, None if taps is None else x)
 
             x, (cache, each) = lax.scan(step, stream.x, (stacked, cache))

@@ -10,7 +10,7 @@ from ..common.gradient import inference_only
 from ..join_subtrees.api import check_addend
 from ..tree_matmul.plan import check_leaves
 from .config import MOST_GATED, choose_norm_config, choose_subtree_config, size_refusal
-from .reference import matmul_subtrees_reference, norm_matmul_reference
+from .single_ops import matmul_subtrees_by_single_ops, norm_matmul_by_single_ops
 
 
 def norm_matmul(
@@ -36,7 +36,8 @@ def norm_matmul(
         w: [N, D] of x's dtype; with `gated` [2F, D], gates first. N and F are multiples of 16 but on `reference`.
         eps: added to the mean square.
         gated: whether the result is the SwiGLU of gates and values.
-        backend: `reference` or `mosaic_gpu`, which takes up to 8 rows; None chooses by device, dtype and sizes.
+        backend: `reference` or `mosaic_gpu`, which takes up to 8 rows; None runs the kernel where it takes the sizes,
+            and else the single ops as they choose, which have its bits.
 
     Returns:
         x + y rounded once (x where y is None), and the product, [..., N] or [..., F], in x's dtype.
@@ -69,7 +70,7 @@ def norm_matmul(
         config = choose_norm_config(m, d, w.shape[0] // (1 + gated), gated=gated)
         total, out = norm_matmul_mosaic_gpu(rows, terms, scale, w, eps=eps, gated=gated, config=config)
     else:
-        total, out = norm_matmul_reference(rows, terms, scale, w, eps=eps, gated=gated)
+        total, out = norm_matmul_by_single_ops(rows, terms, scale, w, eps=eps, gated=gated, backend=backend)
     total, out = total.reshape(x.shape), out.reshape(*x.shape[:-1], out.shape[-1])
     return inference_only(total, "norm_matmul"), inference_only(out, "norm_matmul")
 
@@ -95,9 +96,10 @@ def matmul_subtrees(
         x: [..., K], bfloat16, float16 or float32.
         w: [K, N] of the same dtype.
         leaves: 1, 2, 4 or 8; K must be a multiple of 16 * leaves.
-        parts: subtrees that the leaves are cut into, a power of two up to `leaves`; None chooses for the GPU, and one
-            on `reference`. The joined sum does not depend on it.
-        backend: `reference` or `mosaic_gpu`, which takes up to 8 rows; None chooses by device, dtype and sizes.
+        parts: subtrees that the leaves are cut into, a power of two up to `leaves`; None chooses for the kernel, and is
+            one elsewhere. The joined sum does not depend on it.
+        backend: `reference` or `mosaic_gpu`, which takes up to 8 rows; None runs the kernel where it takes the sizes,
+            and else `tree_matmul` as it chooses, which has its bits.
 
     Returns:
         float32 [parts, ..., N].
@@ -126,7 +128,7 @@ def matmul_subtrees(
         assert config is not None
         out = matmul_subtrees_mosaic_gpu(rows, w, leaves=leaves, config=config)
     else:
-        out = matmul_subtrees_reference(rows, w, leaves=leaves, parts=parts or 1)
+        out = matmul_subtrees_by_single_ops(rows, w, leaves=leaves, parts=parts or 1, backend=backend)
     return inference_only(out.reshape(len(out), *x.shape[:-1], w.shape[1]), "matmul_subtrees")
 
 

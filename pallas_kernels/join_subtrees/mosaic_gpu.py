@@ -3,21 +3,21 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ..common import mosaic_rows as rows
-from ..common.tree import tree_join
 
 
 def join_subtrees_mosaic_gpu(
     subtrees: jax.Array, dtype: jax.typing.DTypeLike, *, interpret: bool = False
 ) -> jax.Array:
     """Joins subtrees, float32 [P, M, D] with D from 128 on, a multiple of 16, to [M, D] in `dtype`."""
-    return _run(subtrees, jax.numpy.dtype(dtype), interpret)
+    return _run(subtrees, jnp.dtype(dtype), interpret)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _run(subtrees: jax.Array, dtype: jax.numpy.dtype, interpret: bool) -> jax.Array:
+def _run(subtrees: jax.Array, dtype: jnp.dtype, interpret: bool) -> jax.Array:
     _, m, d = subtrees.shape
     tiles = rows.Tiles.choose(m, d, None)
     kernel = plgpu.kernel(
@@ -38,5 +38,4 @@ def _run(subtrees: jax.Array, dtype: jax.numpy.dtype, interpret: bool) -> jax.Ar
 def _kernel(tiles: rows.Tiles, subtrees: rows.Ref, out: rows.Ref) -> None:
     row, starts = tiles.mine()
     for start in starts:
-        parts = [rows.load_chunk(subtrees.at[i, row], start, tiles.size) for i in range(subtrees.shape[0])]
-        rows.store_chunk(out.at[row], start, tree_join(parts).astype(out.dtype))
+        rows.store_chunk(out.at[row], start, rows.load_term(subtrees, row, start, tiles.size, out.dtype))

@@ -2,7 +2,6 @@
 
 from functools import partial
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,22 +10,11 @@ from tbik_jax.pallas_kernels import attention
 from tbik_jax.pallas_kernels.attention.config import AttentionConfig
 from tbik_jax.pallas_kernels.attention.mosaic_gpu import attention_mosaic_gpu
 from tbik_jax.pallas_kernels.attention.plan import AttentionPlan
-from tbik_jax.pallas_kernels.common.backend import device_backend
 from tests.helpers import assert_same_bits, cancelling, differing, normal, wide
 
 LENGTH = 1200  # three splits
 #: On both sides of tiles, blocks and splits.
 SEAMS = (0, 1, 63, 64, 127, 128, 511, 512, 1023, 1024, 1199)
-
-
-@pytest.fixture(scope="module")
-def hopper():
-    try:
-        device = jax.devices("gpu")[0]
-    except RuntimeError:
-        pytest.skip("no GPU here")
-    if device_backend(device) != "mosaic_gpu":
-        pytest.skip("no Hopper GPU here")
 
 
 def operands(make, dtype, kv_heads, group, h):

@@ -19,28 +19,13 @@ from tbik_jax.pallas_kernels import (
     swiglu,
     swiglu_joint,
 )
-from tbik_jax.pallas_kernels.common.backend import device_backend
-from tests.helpers import assert_same_bits, cancelling, differing, normal, wide
+from tests.helpers import assert_same_bits, cancelling, differing, normal, on_cpu, wide
 
 EPS = 1e-6
 BF16 = jnp.bfloat16
 
 
-@pytest.fixture(scope="module", autouse=True)
-def hopper():
-    try:
-        device = jax.devices("gpu")[0]
-    except RuntimeError:
-        pytest.skip("no GPU here")
-    if device_backend(device) != "mosaic_gpu":
-        pytest.skip("no Hopper GPU here")
-
-
-def on_cpu(function, *operands):
-    """The reference's bits: XLA's own divisions and roots on a GPU are not always the nearest number."""
-    cpu = jax.devices("cpu")[0]
-    with jax.default_device(cpu):
-        return jax.tree.map(np.asarray, jax.jit(function)(*jax.device_put(operands, cpu)))
+pytestmark = pytest.mark.usefixtures("hopper")
 
 
 def rows_and_scale(make, d, rows=130):

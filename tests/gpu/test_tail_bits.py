@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from tbik_jax.pallas_kernels import leaf_statistics, sample_argmax
-from tbik_jax.pallas_kernels.common.backend import device_backend
 from tbik_jax.pallas_kernels.log_softmax.reference import join_totals
 from tbik_jax.pallas_kernels.sampling.mosaic_gpu import sample_argmax_mosaic_gpu
 from tests.helpers import assert_same_bits, differing, mixed
@@ -15,16 +14,6 @@ VOCAB = 151936
 ROWS = 12
 statistics = jax.jit(leaf_statistics, static_argnames=("leaves", "backend"))
 draw = jax.jit(sample_argmax, static_argnames="backend")
-
-
-@pytest.fixture(scope="module")
-def hopper():
-    try:
-        device = jax.devices("gpu")[0]
-    except RuntimeError:
-        pytest.skip("no GPU here")
-    if device_backend(device) != "mosaic_gpu":
-        pytest.skip("no Hopper GPU here")
 
 
 def logits(vocab: int = VOCAB, width: float = 30) -> jax.Array:

@@ -32,9 +32,10 @@ from tbik_jax.pallas_kernels.few_rows.config import (
 from tbik_jax.pallas_kernels.few_rows.mosaic_gpu import matmul_subtrees_mosaic_gpu, norm_matmul_mosaic_gpu
 from tbik_jax.pallas_kernels.join_subtrees.mosaic_gpu import join_subtrees_mosaic_gpu
 from tbik_jax.pallas_kernels.rms_norm.mosaic_gpu import rms_norm_mosaic_gpu
+from tbik_jax.pallas_kernels.tree_matmul import mosaic_gpu
 from tbik_jax.pallas_kernels.tree_matmul.config import SMEM_BYTES
 from tests import orders
-from tests.helpers import DTYPES, assert_same_bits, differing, mixed, normal, wide
+from tests.helpers import DTYPES, assert_same_bits, cancelling_parts, differing, mixed, normal, wide
 
 EPS = 1e-6
 BF16 = jnp.bfloat16
@@ -54,7 +55,7 @@ def operands(m, d, n, subtrees, dtype=BF16):
     rng = np.random.default_rng([m, d, n])
     y = {None: None, 0: normal(rng, (m, d), dtype)}.get(subtrees)
     if subtrees:
-        y = wide(rng, (subtrees, m, d))
+        y = cancelling_parts(rng, (subtrees, m, d))
     scale = (1 + normal(rng, (d,)) / 5).astype(dtype)
     w = normal(rng, (n, d)) * d**-0.5
     return jax.tree.map(jnp.asarray, (mixed(rng, (m, d), dtype), y, scale, w.astype(dtype)))
@@ -175,10 +176,12 @@ def test_the_norm_s_kernel_and_the_join_s_add_subtrees_up(d, subtrees):
     assert_same_bits(join_subtrees_mosaic_gpu(y, BF16, interpret=True), joined)
     found = rms_norm_mosaic_gpu(x, scale, eps=EPS, y=y, interpret=True)
     assert_same_bits(found, add_rms_norm(x, joined, scale, eps=EPS))
+    assert_same_bits(
+        join_subtrees_mosaic_gpu(y, jnp.float32, interpret=True), orders.tree_join(list(np.asarray(y)))
+    )
     if subtrees > 2:  # twin: other neighbours
-        other = y[jnp.asarray([0, 2, 1, 3, *range(4, subtrees)])]
-        joined = join_subtrees_mosaic_gpu(y, jnp.float32, interpret=True)
-        assert differing(join_subtrees_mosaic_gpu(other, jnp.float32, interpret=True), joined)
+        other = y[jnp.asarray([0, 2, 1, *range(3, subtrees)])]
+        assert differing(join_subtrees_mosaic_gpu(other, BF16, interpret=True), joined)
 
 
 def gated(x, scale, w, **options):
@@ -187,6 +190,24 @@ def gated(x, scale, w, **options):
 
 def lowered(function, *args):
     return jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("m", [8, 9])
+def test_more_rows_than_the_kernels_take_get_the_kernels_of_the_single_ops(monkeypatch, m):
+    """On a Hopper GPU, where the reference's sums have other bits than the tensor cores'."""
+    monkeypatch.setattr(backend, "device_backend", lambda device: "mosaic_gpu")
+    monkeypatch.setattr(mosaic_gpu, "_resident_clusters", lambda size: 132 // size)
+
+    def run(x, scale, column, row):
+        norm = norm_matmul(x, None, scale, column, eps=EPS, gated=True)[1]
+        return norm, norm_matmul(x, x, scale, column, eps=EPS)[1], matmul_subtrees(x, row)
+
+    shapes = ((m, 1024), (1024,), (256, 1024), (1024, 1024))
+    text = str(jax.make_jaxpr(run)(*(jax.ShapeDtypeStruct(shape, BF16) for shape in shapes)))
+    names = "norm_matmul|matmul_subtrees|tree_matmul|rms_norm|add_rms_norm"
+    single = ["rms_norm", "tree_matmul", "add_rms_norm", "tree_matmul", "tree_matmul"]
+    fused = ["norm_matmul", "norm_matmul", "matmul_subtrees"]
+    assert re.findall(rf"\bname=({names})\b", text) == (fused if m == 8 else single)
 
 
 @pytest.mark.parametrize("m", [1, 8])
