@@ -43,32 +43,46 @@ def join_rows(problem: Problem, sums: list[_Ref], splits: jax.Array, out: _Ref, 
     def full(value: Any) -> jax.Array:
         return plgpu.layout_cast(jnp.full((height, h), value, jnp.float32), layout)
 
-    def load(split: jax.Array) -> tuple[Partial, jax.Array]:
+    def stat(ref: _Ref) -> jax.Array:
+        """The first `height` numbers of `ref`, one for each row."""
+        value = full(ref[first])
+        index = plgpu.broadcasted_iota(jnp.int32, (height, h), 0, layout=layout)
+        for i in range(1, height):
+            value = jnp.where(index >= i, full(ref[first + i]), value)
+        return value
+
+    def load(values: _Ref, stats: _Ref) -> tuple[Partial, jax.Array]:
+        loaded = plgpu.load(values.at[pl.ds(first, height)], layout=layout, optimized=False)
+        return Partial(stat(stats.at[0]), stat(stats.at[1])), loaded
+
+    def load_if_there(split: jax.Array) -> tuple[Partial, jax.Array]:
         """A split, or for one that is not there what changes nothing."""
-        there = split < splits
-        at = jnp.minimum(split, splits - 1)
-        values = plgpu.load(values_gmem.at[at, pl.ds(first, height)], layout=layout, optimized=False)
+        there, at = split < splits, jnp.minimum(split, splits - 1)
+        part, values = load(values_gmem.at[at], stats_gmem.at[at])
+        part = Partial(choose(there, part.maximum, full(NEG_INF)), choose(there, part.total, full(0.0)))
+        return part, choose(there, values, full(0.0))
 
-        def stat(which: int, missing: float) -> jax.Array:
-            value = full(stats_gmem[at, which, first])
-            index = plgpu.broadcasted_iota(jnp.int32, (height, h), 0, layout=layout)
-            for i in range(1, height):
-                value = jnp.where(index >= i, full(stats_gmem[at, which, first + i]), value)
-            return choose(there, value, full(missing))
-
-        return Partial(stat(0, NEG_INF), stat(1, 0.0)), choose(there, values, full(0.0))
-
-    def batch(i: jax.Array, carry: tuple[Partial, jax.Array]) -> tuple[Partial, jax.Array]:
+    # A batch is loaded all at once: each split takes the L2 cache's latency.
+    def join(loaded: list[tuple[Partial, jax.Array]], carry: tuple[Partial, jax.Array]) -> Any:
         joined, values = carry
-        # All at once: each takes the L2 cache's latency.
-        loaded = [load(i * together + j) for j in range(together)]
         for part, part_values in loaded:
             joined, values = merge(joined, part, values, part_values, product)
         return joined, values
 
+    def batch(i: jax.Array, carry: Any) -> Any:
+        mine = pl.ds(i * together, together)
+        values, stats = values_gmem.at[mine], stats_gmem.at[mine]
+        return join([load(values.at[j], stats.at[j]) for j in range(together)], carry)
+
+    def last_batch(carry: Any) -> Any:
+        return join([load_if_there(batches * together + j) for j in range(together)], carry)
+
     empty = Partial(full(NEG_INF), full(0.0)), full(0.0)
-    batches = lax.div(splits + (together - 1), jnp.int32(together))
-    joined, values = lax.fori_loop(0, batches, batch, empty)
+    # Few instructions a split: there is one warp to issue them. So whole batches do not ask which splits are there.
+    batches = lax.div(splits, jnp.int32(together))
+    carry = lax.fori_loop(0, batches, batch, empty)
+    ragged = lax.rem(splits, jnp.int32(together)) > 0
+    joined, values = lax.cond(ragged, last_batch, lambda carry: carry, carry)
     out.at[pl.ds(first, height)][...] = normalise(joined, values, problem.dtype)
 
 

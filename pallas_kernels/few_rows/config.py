@@ -17,6 +17,7 @@ SUBTREE_COLUMNS = 64  # of a tile of w [K, N]: likewise
 _LINE = 2 * TILE_K  # bytes of a box's row
 _ALIGNMENT = 1024
 _MOST_STAGES = 24
+_HEAD = 3  # stages, of 16 or 24 KiB, which keep the memory busy until x has been asked for
 _STAGE_ROWS = 192  # of boxes in a stage: 24 KiB
 _MOST_COLUMNS = 96  # of a tile
 _LEAST_CTAS = 64  # which read as fast as all 132
@@ -37,6 +38,7 @@ class FewRowsConfig:
         stages: Stages of w in flight.
         parts: Slices of K, each of them for CTAs of its own, whose sums the next op adds up.
         preparers: Warpgroups of a CTA that prepare rows of x, one of which multiplies.
+        head: Stages of w that are asked for before x is: x would queue behind a whole ring, and all wait for x.
     """
 
     columns: int
@@ -44,6 +46,7 @@ class FewRowsConfig:
     stages: int
     parts: int = 1
     preparers: int = 1
+    head: int = _HEAD
 
     def box_rows(self, *, gated: bool) -> int:
         """Rows of 64 elements of a box: columns of w [N, K], or k's of w [K, N], which are as many."""

@@ -140,6 +140,7 @@ class Product:
             "full": plgpu.Barrier(num_arrivals=config.boxes * (1 + self.gated), num_barriers=config.stages),
             "empty": plgpu.Barrier(num_arrivals=1, num_barriers=config.stages),
             "ready": plgpu.Barrier(num_arrivals=config.preparers),
+            "asked": plgpu.Barrier(num_arrivals=min(config.preparers, self.m)),
         }
 
     def _boxes(self, count: int) -> Any:

@@ -23,7 +23,7 @@ Ref = rows.Ref
 
 
 def stream(product: Product, w_gmem: Ref, smem: types.SimpleNamespace) -> None:
-    """Keeps the ring full of w, from the first moment on."""
+    """Keeps the ring full of w, from the first moment on, but for letting what x is made of go before most of it."""
     config, stages = product.config, jnp.int32(product.config.stages)
     part, first, tiles = product.mine()
     ring = product.plain(smem.w)
@@ -50,6 +50,7 @@ def stream(product: Product, w_gmem: Ref, smem: types.SimpleNamespace) -> None:
         def step(j: jax.Array, count: jax.Array) -> jax.Array:
             slot = lax.rem(count, stages)
             pl.when(count >= stages)(lambda: plgpu.barrier_wait(smem.empty.at[slot]))
+            pl.when(count == config.head)(lambda: plgpu.barrier_wait(smem.asked))
             for box in range(config.boxes):
                 copy(slot, part * product.part_k + j * product.depth + box * TILE_K, column, box)
             return count + 1
@@ -83,13 +84,21 @@ def prepare(
     starts = range(0, product.part_k, size)
     scales = None if scale is None else [rows.load_chunk(scale, start, size) for start in starts]
 
+    def asked(turn: int) -> None:
+        """What this warpgroup's first row is made of is on its way."""
+        if not turn:
+            plgpu.barrier_arrive(smem.asked)
+
     def prepare_row(turn: int) -> None:
         row = turn * preparers + wg
         at = [part * product.part_k + start for start in starts]
         chunks = [rows.load_chunk(terms[0].at[row], start, size) for start in at]
+        if not product.adds:
+            asked(turn)
         if scales is not None and product.eps is not None:
             if product.adds:
                 added = [rows.load_term(terms[1], row, start, size, product.dtype) for start in starts]
+                asked(turn)
                 chunks = [rows.add(a, b) for a, b in zip(chunks, added, strict=True)]
             if total is not None:
 

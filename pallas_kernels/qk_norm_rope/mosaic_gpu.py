@@ -1,8 +1,9 @@
 """QK-norm, RoPE and the cache write for Hopper GPUs, in Pallas Mosaic GPU: one launch, in place.
 
-A CTA of one warpgroup takes one token. Half a head lies in a few lanes, and the elements that RoPE turns together in
-one lane. So RoPE stays in a thread, and the sum of squares halves as `tree_sum` does: first the two halves of the
-head, then lanes, then a lane's neighbours. The caches are written in place.
+A CTA of one warpgroup takes one token, or one KV head of it where tokens are few. Half a head lies in a few lanes, and
+the elements that RoPE turns together in one lane. So RoPE stays in a thread, and the sum of squares halves as
+`tree_sum` does: first the two halves of the head, then lanes, then a lane's neighbours. The caches are written in
+place.
 """
 
 import dataclasses
@@ -25,6 +26,7 @@ class _Problem:
         bool  # heads side by side: the KV heads', each with one query at a time, or one KV head's queries
     )
     interpret: bool
+    ctas: int = 1  # of a token, which share its KV heads
 
 
 def qk_norm_rope_mosaic_gpu(
@@ -39,6 +41,7 @@ def qk_norm_rope_mosaic_gpu(
     v_cache: jax.Array,
     *,
     eps: float,
+    apart: bool | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Normalises and rotates queries and keys on a Hopper GPU, and writes keys and values to the caches.
@@ -48,12 +51,25 @@ def qk_norm_rope_mosaic_gpu(
     first. A position outside of the cache is not written.
 
     Args:
+        apart: Whether each KV head has a CTA of its own; None for where that is quicker. No bit depends on it.
         interpret: Run on the CPU, slowly.
     """
-    _, _, kv_heads, group, h = qkv.shape
-    by_kv_head = rows.heads_at_once(kv_heads, h // 2) >= rows.heads_at_once(group - 2, h // 2)
-    problem = _Problem(eps, by_kv_head, interpret)
+    b, t, kv_heads, group, h = qkv.shape
+    if apart is None:
+        apart = heads_apart(b * t, kv_heads, group - 2)
+    ctas = kv_heads if apart else 1
+    by_kv_head = rows.heads_at_once(kv_heads // ctas, h // 2) >= rows.heads_at_once(group - 2, h // 2)
+    problem = _Problem(eps, by_kv_head, interpret, ctas)
     return _run(qkv, q_scale, k_scale, cos, sin, positions, lengths, k_cache, v_cache, problem)
+
+
+def heads_apart(tokens: int, kv_heads: int, queries: int) -> bool:
+    """Whether a CTA for each KV head is quicker than one a token.
+
+    On an H200 it is with 8 KV heads of 2, 4 and 8 queries for up to 8, 32 and 128 tokens, and with four times as many
+    it is not (`benchmarks/results/qk_norm_rope_ctas_h200.json`): more CTAs share the work, and each has its latencies.
+    """
+    return tokens * kv_heads <= 16 * queries**2
 
 
 @functools.partial(jax.jit, static_argnums=(9,))
@@ -70,7 +86,9 @@ def _run(
     problem: _Problem,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     b, t, kv_heads, group, h = qkv.shape
-    mesh = plgpu.Mesh(grid=(b * t,), grid_names=("token",), num_threads=1, thread_name="wg")
+    mesh = plgpu.Mesh(
+        grid=(problem.ctas, b * t), grid_names=("heads", "token"), num_threads=1, thread_name="wg"
+    )
     kernel = pl.kernel(
         functools.partial(_kernel, problem),
         out_type=[jax.ShapeDtypeStruct((b, t, kv_heads, group - 2, h), qkv.dtype)],
@@ -113,10 +131,10 @@ def _kernel(
     q_ref: rows.Ref,
 ) -> None:
     _, t, kv_heads, group, h = qkv_ref.shape
-    queries = group - 2
-    token = lax.axis_index("token")
+    queries, kv_heads = group - 2, kv_heads // problem.ctas
+    token, mine = lax.axis_index("token"), pl.ds(lax.axis_index("heads") * kv_heads, kv_heads)
     b, i = lax.div(token, jnp.int32(t)), lax.rem(token, jnp.int32(t))
-    qkv_ref, q_ref = qkv_ref.at[b, i], q_ref.at[b, i]
+    qkv_ref, q_ref = qkv_ref.at[b, i, mine], q_ref.at[b, i, mine]
 
     q_heads: list[Any]
     if problem.by_kv_head:  # of all KV heads, one query after the other
@@ -153,14 +171,14 @@ def _kernel(
 
     @pl.when(live & (position >= 0) & (position < k_ref.shape[1]))
     def write() -> None:
-        _store(k_ref.at[b, position], key)
-        _store(v_ref.at[b, position], value)
+        _store(k_ref.at[b, position, mine], key)
+        _store(v_ref.at[b, position, mine], value)
 
     @pl.when(jnp.logical_not(live) & (position >= 0) & (position < k_ref.shape[1]))
     def write_zeros() -> None:
         zeros = [plgpu.layout_cast(jnp.zeros_like(half), kv_layout) for half in value]
-        _store(k_ref.at[b, position], zeros)
-        _store(v_ref.at[b, position], zeros)
+        _store(k_ref.at[b, position, mine], zeros)
+        _store(v_ref.at[b, position, mine], zeros)
 
 
 def _layout(heads: int, h: int) -> Any:

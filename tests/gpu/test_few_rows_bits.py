@@ -82,14 +82,14 @@ def test_a_norm_in_the_product_has_the_bits_of_both(make, dtype, m, d, n, gated,
 def test_no_tiling_of_a_norm_s_product_shows(make):
     x, y, scale, w = operands(make, 2, 1024, 2000, jnp.bfloat16.dtype.type, 2)
     expected = one_after_the_other(x, y, scale, w, False)
-    for columns, boxes, stages, preparers in (
-        (8, 8, 2, 1),
-        (56, 1, 9, 2),
-        (64, 2, 3, 1),
-        (96, 1, 2, 3),
-        (128, 4, 2, 1),
+    for columns, boxes, stages, preparers, head in (
+        (8, 8, 2, 1, 1),
+        (56, 1, 9, 2, 3),
+        (64, 2, 3, 1, 2),
+        (96, 1, 2, 3, 9),  # a warpgroup without a row
+        (128, 4, 2, 1, 1000),
     ):
-        config = FewRowsConfig(columns=columns, boxes=boxes, stages=stages, preparers=preparers)
+        config = FewRowsConfig(columns=columns, boxes=boxes, stages=stages, preparers=preparers, head=head)
         for _ in range(3):  # a race need not show at once
             found = norm_matmul_mosaic_gpu(x, y, scale, w, eps=EPS, gated=False, config=config)
             assert_same_bits(found, expected)

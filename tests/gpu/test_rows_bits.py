@@ -19,6 +19,7 @@ from tbik_jax.pallas_kernels import (
     swiglu,
     swiglu_joint,
 )
+from tbik_jax.pallas_kernels.qk_norm_rope.mosaic_gpu import qk_norm_rope_mosaic_gpu
 from tests.helpers import assert_same_bits, cancelling, differing, normal, on_cpu, wide
 
 EPS = 1e-6
@@ -84,6 +85,9 @@ def test_queries_keys_and_caches(kv_heads, queries, h):
     whole = op(qkv, *scales, *tables, positions, lengths, *caches, backend="mosaic_gpu")
     reference = functools.partial(op, backend="reference")
     assert_same_bits(whole, on_cpu(reference, qkv, *scales, *tables, positions, lengths, *caches))
+    for apart in (False, True):  # a CTA a token, or one a KV head
+        args = (qkv, *scales, *tables, positions, lengths, *caches)
+        assert_same_bits(qk_norm_rope_mosaic_gpu(*args, eps=EPS, apart=apart), whole)
     stepped = caches
     for i in range(t):
         at = (slice(None), slice(i, i + 1))

@@ -11,7 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tbik_jax.pallas_kernels.attention import joins
 from tbik_jax.pallas_kernels.attention.api import attention, attention_backend
+from tbik_jax.pallas_kernels.attention.columns import run_columns
 from tbik_jax.pallas_kernels.attention.config import AttentionConfig
 from tbik_jax.pallas_kernels.attention.mosaic_gpu import attention_mosaic_gpu
 from tbik_jax.pallas_kernels.attention.plan import AttentionPlan
@@ -158,6 +160,22 @@ def three_splits(config, plan=PLAN):
 )
 def test_how_columns_share_out_the_work_changes_no_bit(config):
     assert not differing(three_splits(config), three_splits(columns()))
+
+
+@pytest.mark.parametrize(("batch", "length"), [(1, 640), (3, 640), (4, 768), (4, 264)])
+def test_splits_are_joined_in_order_however_many_are_loaded_at_a_time(monkeypatch, batch, length):
+    """Whole batches, and a last one that lacks splits."""
+    q, k, v = operands(1, 1, 768, 1, 3, 128)
+    # Keys weigh nearly the same, and splits cancel but for a little.
+    large = 2.0**14 * np.repeat([1, 1, -1, -1, 1, -1], 128)[:, None, None]
+    v = jnp.asarray(large + 64 * np.asarray(v, np.float32), BF16)
+    run = functools.partial(interpreted, q, k * 0.001, v, [length - 1])
+    expected = run(columns())
+    monkeypatch.setattr(joins, "_BATCH", batch)
+    run_columns.clear_cache()
+    out = run(columns(parts=3, second_launch=True, stages=4))
+    run_columns.clear_cache()
+    assert not differing(out, expected)
 
 
 def test_another_plan_of_columns_has_other_bits():  # the twin of the test before

@@ -113,8 +113,15 @@ def test_subtrees_that_meet_in_another_order_show():
 @pytest.mark.parametrize(
     ("m", "d", "n", "gated", "subtrees", "config"),
     [
-        (1, 256, 64, False, None, FewRowsConfig(columns=32, boxes=2, stages=2)),
-        (1, 640, 96, True, 4, FewRowsConfig(columns=16, boxes=1, stages=3)),  # three tiles of two CTAs
+        (1, 256, 64, False, None, FewRowsConfig(columns=32, boxes=2, stages=2, head=1)),
+        (
+            1,
+            640,
+            96,
+            True,
+            4,
+            FewRowsConfig(columns=16, boxes=1, stages=3, head=2),
+        ),  # three tiles of two CTAs
         (
             5,
             384,
@@ -151,7 +158,8 @@ def test_the_kernel_normalises_while_w_comes(m, d, n, gated, subtrees, config):
     [
         (1, 128, 2, 64, FewRowsConfig(columns=64, boxes=1, stages=2, parts=2)),
         (3, 64, 8, 128, FewRowsConfig(columns=64, boxes=1, stages=3, parts=2)),
-        (8, 128, 4, 128, FewRowsConfig(columns=64, boxes=2, stages=2, parts=4, preparers=2)),
+        (8, 128, 4, 128, FewRowsConfig(columns=64, boxes=2, stages=2, parts=4, preparers=2, head=1)),
+        (1, 128, 2, 64, FewRowsConfig(columns=64, boxes=1, stages=2, preparers=2)),  # one has no row
         (2, 128, 4, 192, FewRowsConfig(columns=64, boxes=2, stages=2)),  # three tiles of two CTAs
     ],
 )

@@ -11,7 +11,8 @@ from jax.sharding import PartitionSpec as P
 
 from tbik_jax.pallas_kernels import qk_norm_rope, rope_tables
 from tbik_jax.pallas_kernels.common import backend
-from tbik_jax.pallas_kernels.qk_norm_rope.mosaic_gpu import qk_norm_rope_mosaic_gpu
+from tbik_jax.pallas_kernels.qk_norm_rope import mosaic_gpu as kernel
+from tbik_jax.pallas_kernels.qk_norm_rope.mosaic_gpu import heads_apart, qk_norm_rope_mosaic_gpu
 from tests import orders
 from tests.helpers import DTYPES, assert_same_bits, differing, normal
 
@@ -57,15 +58,38 @@ def test_it_is_the_ops_one_after_the_other(name):
         {"kv_heads": 2, "queries": 1, "h": 64},
         {"kv_heads": 1, "queries": 4, "h": 128},
         {"kv_heads": 3, "queries": 2, "h": 32},  # a KV head's queries lie side by side
-        {"kv_heads": 1, "queries": 5, "h": 128, "b": 1, "t": 1},
+        {"kv_heads": 2, "queries": 5, "h": 128, "b": 1, "t": 1},
     ],
 )
 def test_the_kernel_has_the_same_bits(sizes):
     args = operands(**sizes)
-    out = qk_norm_rope_mosaic_gpu(*map(jnp.asarray, args), eps=EPS, interpret=True)
     expected = in_numpy(*args)
-    assert_same_bits(out, expected)
+    for apart in (False, True):  # a CTA a token, or one a KV head
+        out = qk_norm_rope_mosaic_gpu(*map(jnp.asarray, args), eps=EPS, apart=apart, interpret=True)
+        assert_same_bits(out, expected)
     assert differing(args[7], expected[1]) and differing(args[8], expected[2])  # twin: something was written
+
+
+@pytest.mark.parametrize(
+    ("queries", "tokens", "apart"),
+    [
+        (2, 1, True),
+        (2, 8, True),
+        (2, 32, False),
+        (4, 32, True),
+        (4, 128, False),
+        (8, 128, True),
+        (8, 512, False),
+    ],
+)
+def test_few_tokens_have_a_cta_for_each_kv_head(monkeypatch, queries, tokens, apart):
+    assert heads_apart(tokens, 8, queries) == apart
+    # twin: what the kernel is launched with
+    seen = []
+    monkeypatch.setattr(kernel, "_run", lambda *args: seen.append(args[-1].ctas))
+    shapes = [jnp.zeros(0)] * 8
+    qk_norm_rope_mosaic_gpu(jnp.zeros((1, tokens, 8, queries + 2, 128), jnp.bfloat16), *shapes, eps=EPS)
+    assert seen == [8 if apart else 1]
 
 
 def test_the_kernel_writes_nothing_outside_of_the_cache():
