@@ -117,6 +117,26 @@ def test_columns_have_the_bits_of_prefill(hopper, make, dtype, kv_heads, group, 
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(("h", "group", "count"), [(128, 4, 1), (128, 4, 2), (64, 3, 1)])
+def test_any_number_of_splits_is_joined_in_order(hopper, h, group, count):
+    """By a second launch, which takes 64 or 16 at a time, and in a cluster, one round after the other."""
+    rng, plan, room = np.random.default_rng([h, group]), AttentionPlan(blocks_per_split=1), 150 * 128
+    q = jnp.asarray(normal(rng, (1, count, group, h)), jnp.bfloat16)
+    k = jnp.asarray(normal(rng, (1, room, 1, h)) / 4, jnp.bfloat16)
+    # Blocks cancel but for a little.
+    large = 2.0**12 * rng.choice([-1, 1], room // 128).repeat(128)[:, None, None]
+    v = jnp.asarray(large + normal(rng, (1, room, 1, h)), jnp.bfloat16)
+    launched_again = columns(parts=8, second_launch=True, stages=6, value_stages=6)
+    for splits in (1, 15, 16, 17, 63, 64, 65, 79, 80, 81, 129, 150):
+        run = partial(attention_mosaic_gpu, q, k, v, at([128 * splits - count], count), scale=0.01)
+        expected = run(plan=plan, config=columns(parts=4, stages=6, value_stages=6))
+        for config in (launched_again, AttentionConfig(variant="split", parts=3, second_launch=True)):
+            assert_same_bits(run(plan=plan, config=config), expected)
+    # twin: another plan is another order
+    assert differing(run(plan=AttentionPlan(), config=launched_again), expected)
+
+
+@pytest.mark.gpu
 def test_a_longer_cache_and_other_rows_change_nothing(hopper):
     q, k, v = operands(cancelling, jnp.bfloat16, 2, 4, 128)
     whole = attention(q, k, v, at([0], LENGTH), backend="mosaic_gpu")

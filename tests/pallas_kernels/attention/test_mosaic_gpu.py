@@ -162,16 +162,20 @@ def test_how_columns_share_out_the_work_changes_no_bit(config):
     assert not differing(three_splits(config), three_splits(columns()))
 
 
-@pytest.mark.parametrize(("batch", "length"), [(1, 640), (3, 640), (4, 768), (4, 264)])
-def test_splits_are_joined_in_order_however_many_are_loaded_at_a_time(monkeypatch, batch, length):
-    """Whole batches, and a last one that lacks splits."""
-    q, k, v = operands(1, 1, 768, 1, 3, 128)
+@pytest.mark.parametrize(
+    ("batches", "splits", "last"),
+    [((1,), 5, 128), ((3, 2), 6, 128), ((4, 3), 5, 128), ((4,), 3, 8), ((64, 16), 66, 128)],
+)
+def test_splits_are_joined_in_order_however_many_are_loaded_at_a_time(monkeypatch, batches, splits, last):
+    """Whole batches, and a last one that lacks splits; and more splits than a tile of factors has."""
+    room = 128 * max(splits, 6)
+    q, k, v = operands(1, 1, room, 1, 3, 128)
     # Keys weigh nearly the same, and splits cancel but for a little.
-    large = 2.0**14 * np.repeat([1, 1, -1, -1, 1, -1], 128)[:, None, None]
+    large = 2.0**14 * np.resize([1, 1, -1, -1, 1, -1], room // 128).repeat(128)[:, None, None]
     v = jnp.asarray(large + 64 * np.asarray(v, np.float32), BF16)
-    run = functools.partial(interpreted, q, k * 0.001, v, [length - 1])
+    run = functools.partial(interpreted, q, k * 0.001, v, [128 * (splits - 1) + last - 1])
     expected = run(columns())
-    monkeypatch.setattr(joins, "_BATCH", batch)
+    monkeypatch.setattr(joins, "_BATCHES", batches)
     run_columns.clear_cache()
     out = run(columns(parts=3, second_launch=True, stages=4))
     run_columns.clear_cache()
