@@ -131,16 +131,17 @@ def _store_factors(
         jnp.int32, square, 0, layout=plgpu.Layout.WGMMA
     )
     pairs = {}
-    for (i, start), maximum in maxima.items():
-        before = missing((_TILE,), row)  # the largest maximum of the splits before each
-        for other in tiles[: start // _TILE + 1]:
-            ref = factors.at[0, i, pl.ds(other, _TILE)]
-            earlier = lax.broadcast_in_dim(plgpu.load(ref, layout=column, optimized=False), square, [1])
-            if other == start:
-                earlier = jnp.where(below, earlier, missing(square, plgpu.Layout.WGMMA))
-            before = jnp.maximum(before, jnp.max(earlier, axis=1))
-        joined = jnp.maximum(before, maximum)
-        pairs[i, start] = jnp.exp2(before - joined), jnp.exp2(maximum - joined)
+    for i in range(problem.joined_rows):
+        largest = missing((_TILE,), row)  # maximum of the tiles before
+        for start in tiles:
+            ref = factors.at[0, i, pl.ds(start, _TILE)]
+            all_of_tile = lax.broadcast_in_dim(plgpu.load(ref, layout=column, optimized=False), square, [1])
+            earlier = jnp.where(below, all_of_tile, missing(square, plgpu.Layout.WGMMA))
+            before = jnp.maximum(largest, jnp.max(earlier, axis=1))
+            joined = jnp.maximum(before, maxima[i, start])
+            pairs[i, start] = jnp.exp2(before - joined), jnp.exp2(maxima[i, start] - joined)
+            if start != tiles[-1]:
+                largest = jnp.maximum(largest, jnp.max(all_of_tile, axis=1))
     plgpu.commit_smem()
     for (i, start), pair in pairs.items():
         for which, value in enumerate((*pair, totals[i, start])):
