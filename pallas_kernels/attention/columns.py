@@ -23,7 +23,7 @@ from . import column_ops as ops
 from .column_joins import join_alone, join_in_cluster, leave_splits
 from .column_walk import TILE, EndSplit, walk_columns
 from .config import COLUMNS
-from .joins import extent, factors_of, join_kernel
+from .joins import extent, join_kernel
 from .problem import WIDTH, Problem, tiling_of
 
 _Ref = Any
@@ -43,8 +43,8 @@ def run_columns(
     outs: list[Any] = [joined]
     if config.second_launch:
         outs = [
-            jax.ShapeDtypeStruct((heads, *each), jnp.float32)
-            for each in ((problem.splits, COLUMNS, h), (problem.stored_splits, 2, 64))
+            jax.ShapeDtypeStruct((heads, problem.splits, *each), jnp.float32)
+            for each in ((COLUMNS, h), (2, 64))
         ]
     elif parts > 1 and problem.interpret:
         outs += [
@@ -72,7 +72,6 @@ def run_columns(
             out_type=jax.ShapeDtypeStruct(
                 (heads, pl.cdiv(problem.rows, problem.joined_rows) * problem.joined_rows, h), q.dtype
             ),
-            scratch_types={"factors": factors_of(problem)},
             grid=(pl.cdiv(problem.rows, problem.joined_rows), heads),
             grid_names=("turn", "head"),
             num_threads=1,

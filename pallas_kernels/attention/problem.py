@@ -57,11 +57,6 @@ class Problem:
         return pl.cdiv(self.shape.s, self.plan.split)
 
     @property
-    def stored_splits(self) -> int:
-        """Splits that there is room for maxima and totals of, in whole tiles of 64."""
-        return pl.cdiv(self.splits, 64) * 64
-
-    @property
     def joined_rows(self) -> int:
         """Rows that a CTA joins at a time: 128 numbers, or twice as many where it has them, to wait half as often."""
         least = 128 // self.shape.h

@@ -13,7 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .arithmetic import Partial, Softmax, normalise
 from .config import ROWS
-from .joins import arrive_in_cluster, extent, factors_of, fence, join_kernel, join_rows
+from .joins import arrive_in_cluster, extent, fence, join_kernel, join_rows
 from .problem import Problem
 from .walk import copy_rows, join_in_shared, positions_of_rows, store_rows, stream_keys_and_values, walk_keys
 
@@ -35,16 +35,14 @@ def run_split(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, pr
         (b * kv_heads, pl.cdiv(problem.rows, problem.joined_rows) * problem.joined_rows, h), q.dtype
     )
     parts = [
-        jax.ShapeDtypeStruct((b * kv_heads, *each), jnp.float32)
-        for each in ((problem.splits, problem.stored_rows, h), (problem.stored_splits, 2, ROWS))
+        jax.ShapeDtypeStruct((b * kv_heads, problem.splits, *each), jnp.float32)
+        for each in ((problem.stored_rows, h), (2, ROWS))
     ]
     cluster: dict[str, Any] = {}
     if config.parts > 1:
         scratch["stats"] = plgpu.SMEM((2, ROWS), jnp.float32)
     if config.in_cluster:
         scratch["sent"] = plgpu.ClusterBarrier(collective_axes=("part",))
-        if config.parts > 1:
-            scratch["factors"] = factors_of(problem)
         cluster = {"cluster": (config.parts,), "cluster_names": ("part",)}
     kernel = problem.kernel(
         _split_kernel,
@@ -62,7 +60,6 @@ def run_split(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, pr
             join_kernel,
             "join",
             out_type=joined,
-            scratch_types={"factors": factors_of(problem)},
             grid=(joined.shape[1] // problem.joined_rows, b * kv_heads),
             grid_names=("turn", "head"),
             num_threads=1,
@@ -139,7 +136,7 @@ def _split_kernel(
         turns = lax.div(pl.cdiv(problem.rows, height) - part + (parts - 1), parts)
 
         def turn(i: jax.Array, _: None) -> None:
-            join_rows(problem, sums, splits, outs[0].at[index], (part + i * parts) * height, smem.factors)
+            join_rows(problem, sums, splits, outs[0].at[index], (part + i * parts) * height)
 
         lax.fori_loop(0, turns, turn, None)
 

@@ -119,7 +119,7 @@ def test_columns_have_the_bits_of_prefill(hopper, make, dtype, kv_heads, group, 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("h", "group", "count"), [(128, 4, 1), (128, 4, 2), (64, 3, 1)])
 def test_any_number_of_splits_is_joined_in_order(hopper, h, group, count):
-    """By a second launch, which takes 64 or 16 at a time, and in a cluster, one round after the other."""
+    """By a second launch, which takes 16 at a time, and in a cluster, one round after the other."""
     rng, plan, room = np.random.default_rng([h, group]), AttentionPlan(blocks_per_split=1), 150 * 128
     q = jnp.asarray(normal(rng, (1, count, group, h)), jnp.bfloat16)
     k = jnp.asarray(normal(rng, (1, room, 1, h)) / 4, jnp.bfloat16)
