@@ -9,7 +9,8 @@ turns, median of the repeats:
 * decode: time a step, from a run of `--steps` of them on the device, which begins after `--context` positions; what a
   call costs besides, some 2 ms in which the GPU waits, is shared out over them;
 * prefill: a pass over prompts of `--prompt` tokens, into an empty cache, from several behind one another;
-* kernels: the kernels of a step or a pass by name, from CUPTI, and what is left of its time without any.
+* kernels: the kernels of a step or a pass by name, from CUPTI, and what is left of its time without any. Decode's are
+  of four steps in the middle of the run, whose positions are its mean; what is left includes the call's share.
 
 Beside it the bandwidth of a large copy, and how much of it decoding's reading of weights and cache comes to.
 `--dry` runs a tiny model on the CPU.
@@ -187,6 +188,7 @@ class _Task:
         kernels = {}
         if not self._args.dry:
             for name, run in self._runs.items():
+                self._before_last(run)
                 kernels[name] = kernels_of(lambda run=run: self._last(run), self._counted, ms[name])
         return {
             "ms": ms,
@@ -205,6 +207,9 @@ class _Task:
     def _go(self, run: Run, turn: int) -> float:
         """Seconds of one decode step or one pass, from a turn of several."""
         raise NotImplementedError
+
+    def _before_last(self, run: Run) -> None:
+        """What comes before `_last`."""
 
     #: Steps or passes of `_last`.
     _counted = 1
@@ -240,9 +245,17 @@ class Decode(_Task):
         self._begin(run)
         return _seconds(lambda: _to(run, self._args.steps)) / self._args.steps
 
-    def _last(self, run: Run) -> Any:
+    def _before_last(self, run: Run) -> None:
         self._begin(run)
-        return _to(run, self._counted)
+        jax.block_until_ready(_to(run, self._middle))
+
+    def _last(self, run: Run) -> Any:
+        return _to(run, self._middle + self._counted)
+
+    @property
+    def _middle(self) -> int:
+        """Steps before those that are counted, with as many behind them."""
+        return max(0, (self._args.steps - self._counted) // 2)
 
     def _begin(self, run: Run) -> None:
         """Puts the state of before the first step back; the caches' later positions are written again."""
@@ -254,9 +267,10 @@ class Decode(_Task):
         read = sum(each.nbytes for each in jax.tree.leaves(nnx.state(model)))
         if not config.tie_word_embeddings:
             read -= model.embedding_vd[...].nbytes  # of which a step reads a few rows
-        positions = self.batch * self._args.context * config.num_hidden_layers
-        cached = 2 * positions * config.num_key_value_heads * config.head_dim * model.dtype.itemsize
-        return {"context": self._args.context, "bytes_a_step": read + cached}
+        positions = self._args.context + (self._args.steps + 1) / 2  # the mean: each step reads one more
+        cached = 2 * config.num_key_value_heads * config.head_dim * model.dtype.itemsize * positions
+        cached *= self.batch * config.num_hidden_layers
+        return {"context": self._args.context, "bytes_a_step": read + int(cached)}
 
 
 class Prefill(_Task):
