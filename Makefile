@@ -8,13 +8,14 @@ find_python = for p in python3.12 python3 python; do \
 PYTHON ?= $(shell $(find_python))
 VENV := .venv
 PY := $(VENV)/bin/python
+COMPILER := $(VENV)/gpu-compiler
 STAMP := $(VENV)/.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format types docs notebooks wheel clean
+.PHONY: help setup gpu-compiler demo test lint format types docs notebooks wheel clean
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):.*##/\1:/p' $(MAKEFILE_LIST) | awk -F': *' '{ printf "  make %-9s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):.*##/\1:/p' $(MAKEFILE_LIST) | awk -F': *' '{ printf "  make %-12s %s\n", $$1, $$2 }'
 
 setup: $(STAMP)  ## make .venv with the pinned dependencies and this package, editable
 
@@ -28,10 +29,19 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PY) -m pip install --disable-pip-version-check --quiet -e '.[test,dev,notebooks,docs]' -c constraints.txt
 	@touch $@
 
+gpu-compiler: $(COMPILER)/.stamp  ## XLA for NVIDIA GPUs, beside the packages, to compile for H200s without one (Linux)
+
+# Not among the packages: JAX would look for a GPU and, on a machine without one, complain at every start.
+$(COMPILER)/.stamp: $(STAMP)
+	rm -rf $(COMPILER) && mkdir -p $(COMPILER)
+	if [ "$$(uname -s)" = Linux ]; then $(PY) -m pip install --disable-pip-version-check --quiet --no-deps \
+		--target $(COMPILER) jax-cuda13-plugin jax-cuda13-pjrt -c constraints.txt; fi
+	@touch $@
+
 demo: setup  ## show equal bits across meshes (MODEL=checkpoint folder, PROMPTS=file; both optional)
 	$(PY) -m tbik_jax.demo $(if $(MODEL),--model '$(MODEL)') $(if $(PROMPTS),--prompts '$(PROMPTS)')
 
-test: setup  ## run the tests that need no GPU, two files at a time (ARGS=... goes to pytest; -n 0: one)
+test: setup gpu-compiler  ## run the tests that need no GPU, two files at a time (ARGS=... goes to pytest; -n 0 takes one)
 	$(PY) -m pytest --durations=40 -n 2 --dist loadfile $(ARGS)
 
 lint: setup  ## check style and format

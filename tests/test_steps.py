@@ -5,12 +5,12 @@ import re
 import numpy as np
 import pytest
 
+from benchmarks.hlo import ordered_by_xla
 from tbik_jax import SamplingParams, collectives, make_mesh, steps
 from tbik_jax.mesh import resolve_mesh
 from tbik_jax.run import Padded, Run
 from tbik_jax.sampling import sampling_arrays
 from tbik_jax.steps import DecodeState, Engine
-from tests.hlo import ordered_by_xla
 from tests.models_small import CONFIG, prompts, small_model
 
 

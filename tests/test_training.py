@@ -11,13 +11,13 @@ import pytest
 from flax import nnx
 
 import tbik_jax
+from benchmarks.hlo import ordered_by_xla
 from tbik_jax.layers import InvariantNumerics, invariant
 from tbik_jax.layers import training as training_layers
 from tbik_jax.layers.training import InvariantTraining
 from tbik_jax.models import Qwen3
 from tbik_jax.training import shard_model, value_and_grad
 from tests.helpers import assert_same_bits, differing
-from tests.hlo import ordered_by_xla
 from tests.models_small import CONFIG, small_model
 from tests.training_small import Training, batch, next_token_loss, twenty_steps
 

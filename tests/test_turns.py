@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from benchmarks.hlo import ordered_by_xla
 from tbik_jax import collectives, generate, make_mesh, steps
 from tbik_jax.layers import turns
 from tbik_jax.layers.base import Turns
@@ -18,7 +19,6 @@ from tbik_jax.mesh import resolve_mesh
 from tbik_jax.models import Qwen3
 from tbik_jax.run import Padded, Run
 from tbik_jax.steps import Engine
-from tests.hlo import ordered_by_xla
 from tests.models_small import CONFIG, prompts
 
 THREE = dataclasses.replace(CONFIG, num_hidden_layers=3)

@@ -8,8 +8,8 @@ import pytest
 
 import tbik_jax
 from benchmarks.drop_in_models import MODELS, SMALL, Model, gradient
+from benchmarks.hlo import ordered_by_xla
 from tests.helpers import assert_same_bits, differing
-from tests.hlo import ordered_by_xla
 
 
 @pytest.fixture(scope="module", params=MODELS)
