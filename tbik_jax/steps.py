@@ -379,8 +379,8 @@ class Steps:
                 model.logits(hidden[:, 0], parallel), position + 1, sampling, parallel, filtered
             )
             out = Decoded(
-                out.tokens.at[:, step].set(jnp.where(active & good, token, -1)),
-                out.logprobs.at[:, step].set(jnp.where(active & good, logprob, 0)),
+                _with_column(out.tokens, step, jnp.where(active & good, token, -1)),
+                _with_column(out.logprobs, step, jnp.where(active & good, logprob, 0)),
                 jnp.where(active & ~good, step, out.bad_step),
             )
             active = active & good & ~jnp.any(token[:, None] == eos_ids, axis=1)
@@ -418,6 +418,11 @@ class Steps:
         batch = _batch(tokens, jnp.arange(tokens.shape[1]), lengths, tables)
         hidden, _ = forward(batch, cache, taps=taps)
         return [*taps, hidden], model.logits(hidden, self._parallel)
+
+
+def _with_column(out: jax.Array, step: jax.Array, value: jax.Array) -> jax.Array:
+    """`out` [B, steps] with `value` [B] at `step`. A scatter would take one more kernel, to see if step is inside."""
+    return lax.dynamic_update_slice(out, value[:, None], (0, step))
 
 
 def _batch(tokens: jax.Array, positions: jax.Array, lengths: jax.Array, tables: Any) -> Batch:
