@@ -23,7 +23,8 @@ from . import column_ops as ops
 from .column_joins import join_alone, join_in_cluster, leave_splits
 from .column_walk import TILE, EndSplit, walk_columns
 from .config import COLUMNS
-from .joins import extent, join_kernel
+from .joins import extent
+from .launched_join import join_again
 from .problem import WIDTH, Problem, tiling_of
 
 _Ref = Any
@@ -43,7 +44,7 @@ def run_columns(
     outs: list[Any] = [joined]
     if config.second_launch:
         outs = [
-            jax.ShapeDtypeStruct((heads, problem.splits, *each), jnp.float32)
+            jax.ShapeDtypeStruct((heads, problem.stored_splits, *each), jnp.float32)
             for each in ((COLUMNS, h), (2, 64))
         ]
     elif parts > 1 and problem.interpret:
@@ -66,17 +67,7 @@ def run_columns(
     )
     out = kernel(rows, k, v, positions)
     if config.second_launch:
-        join = problem.kernel(
-            join_kernel,
-            "join",
-            out_type=jax.ShapeDtypeStruct(
-                (heads, pl.cdiv(problem.rows, problem.joined_rows) * problem.joined_rows, h), q.dtype
-            ),
-            grid=(pl.cdiv(problem.rows, problem.joined_rows), heads),
-            grid_names=("turn", "head"),
-            num_threads=1,
-        )
-        out = [join(*out, positions)]
+        out = [join_again(problem, out[0], out[1], positions)]
     out = out[0][:, : problem.rows]
     return out.reshape(b, kv_heads, t, group, h).transpose(0, 2, 1, 3, 4).reshape(q.shape)
 

@@ -1,4 +1,4 @@
-"""Joining splits that were left in global memory, in ascending order: in a cluster or by a second launch."""
+"""Joining splits that were left in global memory, in ascending order: among the CTAs of a cluster."""
 
 from typing import Any
 
@@ -21,15 +21,6 @@ def extent(problem: Problem, start: jax.Array) -> tuple[jax.Array, jax.Array]:
     blocks = lax.div(start + (problem.shape.t - 1), jnp.int32(problem.plan.block)) + 1
     per_split = jnp.int32(problem.plan.blocks_per_split)
     return blocks, lax.div(blocks + per_split - 1, per_split)
-
-
-def join_kernel(
-    problem: Problem, values_gmem: _Ref, stats_gmem: _Ref, positions_gmem: _Ref, out_gmem: _Ref
-) -> None:
-    index, first = lax.axis_index("head"), lax.axis_index("turn") * problem.joined_rows
-    start = positions_gmem[lax.div(index, jnp.int32(problem.shape.kv_heads)), 0]
-    sums = [values_gmem.at[index], stats_gmem.at[index]]
-    join_rows(problem, sums, extent(problem, start)[1], out_gmem.at[index], first)
 
 
 def join_rows(problem: Problem, sums: list[_Ref], splits: jax.Array, out: _Ref, first: jax.Array) -> None:

@@ -19,6 +19,7 @@ from .plan import AttentionPlan
 _Ref = Any  # Pallas has no public type for what its refs become inside a kernel
 
 WIDTH = 64  # columns of 16 bits that are as wide as the swizzle
+JOINED_TILE = 64  # splits that a second launch joins at a time
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,6 +56,11 @@ class Problem:
     @property
     def splits(self) -> int:
         return pl.cdiv(self.shape.s, self.plan.split)
+
+    @property
+    def stored_splits(self) -> int:
+        """Splits that have a place in global memory: whole tiles, so that a second launch reads only what is there."""
+        return pl.cdiv(self.splits, JOINED_TILE) * JOINED_TILE if self.config.second_launch else self.splits
 
     @property
     def joined_rows(self) -> int:

@@ -13,7 +13,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .arithmetic import Partial, Softmax, normalise
 from .config import ROWS
-from .joins import arrive_in_cluster, extent, fence, join_kernel, join_rows
+from .joins import arrive_in_cluster, extent, fence, join_rows
+from .launched_join import join_again
 from .problem import Problem
 from .walk import copy_rows, join_in_shared, positions_of_rows, store_rows, stream_keys_and_values, walk_keys
 
@@ -35,7 +36,7 @@ def run_split(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, pr
         (b * kv_heads, pl.cdiv(problem.rows, problem.joined_rows) * problem.joined_rows, h), q.dtype
     )
     parts = [
-        jax.ShapeDtypeStruct((b * kv_heads, problem.splits, *each), jnp.float32)
+        jax.ShapeDtypeStruct((b * kv_heads, problem.stored_splits, *each), jnp.float32)
         for each in ((problem.stored_rows, h), (2, ROWS))
     ]
     cluster: dict[str, Any] = {}
@@ -56,15 +57,7 @@ def run_split(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, pr
     )
     out = kernel(rows, k, v, positions)
     if config.second_launch:
-        join = problem.kernel(
-            join_kernel,
-            "join",
-            out_type=joined,
-            grid=(joined.shape[1] // problem.joined_rows, b * kv_heads),
-            grid_names=("turn", "head"),
-            num_threads=1,
-        )
-        out = [join(*out, positions)]
+        out = [join_again(problem, out[0], out[1], positions)]
     out = out[0][:, : problem.rows]
     return out.reshape(b, kv_heads, t, group, h).transpose(0, 2, 1, 3, 4).reshape(q.shape)
 

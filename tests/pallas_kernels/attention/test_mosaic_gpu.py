@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tbik_jax.pallas_kernels.attention import joins, mosaic_gpu
+from tbik_jax.pallas_kernels.attention import launched_join, mosaic_gpu
 from tbik_jax.pallas_kernels.attention.api import attention, attention_backend
 from tbik_jax.pallas_kernels.attention.columns import run_columns
 from tbik_jax.pallas_kernels.attention.config import AttentionConfig
@@ -163,11 +163,11 @@ def test_how_columns_share_out_the_work_changes_no_bit(config):
 
 
 @pytest.mark.parametrize(
-    ("batch", "splits", "last"),
-    [(1, 5, 128), (3, 6, 128), (3, 5, 128), (4, 3, 8), (16, 66, 128)],
+    ("unrolled", "splits", "last"),
+    [(1, 5, 128), (3, 6, 128), (3, 5, 128), (4, 3, 8), (8, 66, 128), (8, 130, 8)],
 )
-def test_splits_are_joined_in_order_however_many_are_loaded_at_a_time(monkeypatch, batch, splits, last):
-    """Whole batches, and a last one that lacks splits."""
+def test_splits_are_joined_in_order_however_many_at_a_time(monkeypatch, unrolled, splits, last):
+    """Whole turns of the unrolled loop and tiles, and last ones that lack splits."""
     room = 128 * max(splits, 6)
     q, k, v = operands(1, 1, room, 1, 3, 128)
     # Keys weigh nearly the same, and splits cancel but for a little.
@@ -175,14 +175,16 @@ def test_splits_are_joined_in_order_however_many_are_loaded_at_a_time(monkeypatc
     v = jnp.asarray(large + 64 * np.asarray(v, np.float32), BF16)
     run = functools.partial(interpreted, q, k * 0.001, v, [128 * (splits - 1) + last - 1])
     expected = run(columns())
-    monkeypatch.setattr(joins, "_BATCH", batch)
+    monkeypatch.setattr(launched_join, "_UNROLLED", unrolled)
     run_columns.clear_cache()
     out = run(columns(parts=3, second_launch=True, stages=4))
     run_columns.clear_cache()
     assert not differing(out, expected)
 
 
-@pytest.mark.parametrize(("t", "h", "positions"), [(1, 128, 32768), (4, 128, 65536), (4, 64, 8192)])
+@pytest.mark.parametrize(
+    ("t", "h", "positions"), [(1, 128, 32768), (4, 128, 65536), (4, 64, 8192), (2, 64, 131072)]
+)
 def test_joins_of_many_splits_lower_for_a_gpu(monkeypatch, t, h, positions):
     """JAX infers layouts by recursion: a kernel unrolled over too many splits ends in a RecursionError."""
     monkeypatch.setattr(mosaic_gpu, "_check_device", lambda: None)
