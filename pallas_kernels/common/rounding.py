@@ -64,9 +64,9 @@ def div(a: jax.Array, b: jax.Array | np.float32) -> jax.Array:
 
     XLA turns a division by a broadcast value into a product with its reciprocal, which rounds twice; the barrier hides
     the broadcast. The select between b and b makes `jax.vmap` of `a` alone broadcast b before the barrier, too, and not
-    behind it.
+    behind it. And of two quotients in a row, `(a / b) / c`, XLA makes `a / (b * c)`: the quotient is pinned.
     """
-    return a / lax.optimization_barrier(jnp.where(a == a, b, b))
+    return pin(a / lax.optimization_barrier(jnp.where(a == a, b, b)))
 
 
 def round_to(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
@@ -132,7 +132,7 @@ def log(x: jax.Array) -> jax.Array:
 
 def reciprocal_sqrt(x: jax.Array) -> jax.Array:
     """1 / sqrt(x) of fp32 `x` as two correctly rounded steps; a fused `rsqrt` may be an approximation."""
-    return np.float32(1) / pin(jnp.sqrt(x))
+    return pin(np.float32(1) / pin(jnp.sqrt(x)))
 
 
 def _power_of_two(n: jax.Array) -> jax.Array:

@@ -256,6 +256,20 @@ def test_twin_an_ordinary_quotient_becomes_a_product() -> None:
         pytest.skip("XLA does not turn a division by a broadcast into a product on this machine")
 
 
+def test_quotients_in_a_row_stay_two() -> None:
+    a, b, c = (rng(7).uniform(0.5, 2, (3, 64))).astype(F32)
+    expected = (a / b) / c
+    assert_same_bits(jax.jit(lambda a, b, c: div(div(a, b), c))(a, b, c), expected)
+    assert_same_bits(jax.jit(lambda a, b, c: div(a, div(b, c)))(a, b, c), a / (b / c))
+    root = jax.jit(lambda a, b: div(reciprocal_sqrt(a), b))
+    assert_same_bits(root(a, b), (F32(1) / np.sqrt(a)) / b)
+
+
+def test_twin_of_ordinary_quotients_in_a_row_xla_makes_one() -> None:
+    a, b, c = (rng(7).uniform(0.5, 2, (3, 64))).astype(F32)
+    assert differing(jax.jit(lambda a, b, c: a / b / c)(a, b, c), (a / b) / c) > 0
+
+
 @pytest.mark.parametrize("axes", [(0, None), (1, 0), (None, 0)], ids=str)
 def test_vmap_changes_no_quotient(axes: tuple[Any, Any]) -> None:
     """A divisor that `jax.vmap` leaves unbatched is broadcast too."""
