@@ -65,6 +65,38 @@ def test_values_cut_over_ranks_are_put_together(numerics):
         assert name.startswith("dot_general") and "partial sums" in reason
 
 
+def cut_in_squares(ranks, spec, changed=0.0):
+    mesh = Mesh(np.asarray(jax.devices()[: ranks**2]).reshape(ranks, ranks), ("a", "b"))
+
+    def shifted(x):
+        first = (lax.axis_index("a") == 0) & (lax.axis_index("b") == 0)
+        return (jnp.abs(x) + 1).at[0, 0].add(jnp.where(first, changed, 0.0))
+
+    return jax.shard_map(shifted, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+
+
+@pytest.mark.parametrize("spec", [PartitionSpec("a", "b"), PartitionSpec("b", "a")])
+def test_of_several_ways_to_put_ranks_together_one_that_agrees_counts(spec):
+    x = normal(np.random.default_rng(5), (4, 4))
+    found = bisect(*(Call(fn=cut_in_squares(n, spec), args=(x,)) for n in (1, 2)))
+    assert found.same_bits and {op.elements for op in found.ops if op.op in ("abs", "add")} == {16}
+    other = Call(fn=cut_in_squares(2, spec, changed=0.5), args=(x,))
+    found = bisect(Call(fn=cut_in_squares(1, spec), args=(x,)), other)
+    assert found.first.differing == 1 and found.first.max_abs == 0.5
+
+
+def test_a_row_is_found_where_the_batch_is_the_fastest_axis():
+    def by_time(x, change=0.0):
+        return jnp.abs(x).T.reshape(-1) + change
+
+    x = normal(np.random.default_rng(6), (4, 6))
+    alone = Call(fn=by_time, args=(x[1:2],), batch=1)
+    found = bisect(alone, Call(fn=by_time, args=(x,), batch=4, rows=[1]))
+    assert found.same_bits and not found.passed_over
+    found = bisect(alone, Call(fn=by_time, args=(x, np.float32(1)), batch=4, rows=[1]))
+    assert found.first.op == "add" and found.first.differing == 6
+
+
 def layers(x, w, twist=0.0):
     def layer(c, w):
         return jnp.tanh(c @ w), c.sum()
