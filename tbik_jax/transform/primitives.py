@@ -12,7 +12,8 @@ from ..collectives import tree_psum_scatter
 from ..ops import steps
 from ..pallas_kernels.common import rounding
 from ..pallas_kernels.common.dtypes import FLOATS
-from . import prefix, scatters, windows
+from . import elementary, prefix, scatters, windows
+from .extremes import EXTREMES, extreme
 
 #: Copies, choices, comparisons, signs and integer steps: no rounding, in any order.
 EXACT = frozenset(
@@ -40,6 +41,7 @@ EXACT = frozenset(
         "dynamic_slice",
         "dynamic_update_slice",
         "empty",
+        "empty2",
         "eq",
         "expand_dims",
         "floor",
@@ -64,8 +66,6 @@ EXACT = frozenset(
         "optimization_barrier",
         "or",
         "pad",
-        "pmax",
-        "pmin",
         "ppermute",
         "pvary",
         "pbroadcast",
@@ -77,12 +77,8 @@ EXACT = frozenset(
         "random_wrap",
         "real",
         "reduce_and",
-        "reduce_max",
-        "reduce_min",
         "reduce_or",
         "reduce_precision",
-        "reduce_window_max",
-        "reduce_window_min",
         "reduce_xor",
         "reshape",
         "reshard",
@@ -116,12 +112,7 @@ _ROUNDED = frozenset(
         "sqrt",
         "cbrt",
         "exp2",
-        "expm1",
-        "log1p",
         "log2",
-        "tanh",
-        "erf",
-        "erfc",
         "erf_inv",
         "sin",
         "cos",
@@ -130,13 +121,21 @@ _ROUNDED = frozenset(
         "acos",
         "sinh",
         "cosh",
-        "asinh",
-        "acosh",
-        "atanh",
         "pow",
         "rem",
     ]
 )
+#: Those that are made of other steps.
+_ELEMENTARY = {
+    "tanh": elementary.tanh,
+    "log1p": elementary.log1p,
+    "expm1": elementary.expm1,
+    "asinh": elementary.asinh,
+    "acosh": elementary.acosh,
+    "atanh": elementary.atanh,
+    "erf": elementary.erf,
+    "erfc": elementary.erfc,
+}
 #: Kernels, which nobody can see into; `mpmd_map` is one of Mosaic GPU's.
 KERNELS = frozenset(
     (
@@ -206,7 +205,7 @@ def refusal(eqn: Any) -> str | None:
     kinds = {
         v.aval.dtype.name for v in (*eqn.invars, *eqn.outvars) if jnp.issubdtype(v.aval.dtype, jnp.inexact)
     }
-    if kinds - set(FLOATS) and name != "sort":
+    if kinds - set(FLOATS) and name not in ("sort", *EXTREMES):
         return f"{', '.join(sorted(kinds - set(FLOATS)))} is not one of {', '.join(FLOATS)}"
     if eqn.params.get("axis_index_groups") is not None:
         return "axis_index_groups has no tree; use a mesh with an axis for each group"
@@ -230,6 +229,10 @@ def _alone(step: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
         return rounding.round_to(out, aval.dtype)
 
     return run
+
+
+def _elementary(function: Callable[[jax.Array], jax.Array]) -> Callable[..., jax.Array]:
+    return lambda eqn, x: function(x)
 
 
 def _bound(eqn: Any, *args: jax.Array) -> jax.Array:
@@ -288,6 +291,7 @@ REPLACED: dict[str, Callable[..., Any]] = {
     "div": _alone(lambda eqn, a, b: rounding.div(a, b)),
     "exp": _alone(lambda eqn, x: rounding.exp(x)),
     "log": _alone(lambda eqn, x: rounding.log(x)),
+    **{name: _alone(_elementary(function)) for name, function in _ELEMENTARY.items()},
     "rsqrt": _alone(lambda eqn, x: rounding.reciprocal_sqrt(x)),
     "logistic": _alone(_logistic),
     "integer_pow": _alone(_integer_pow),
@@ -298,6 +302,7 @@ REPLACED: dict[str, Callable[..., Any]] = {
     "reduce_window_sum": windows.window_sum,
     "select_and_scatter_add": windows.select_and_scatter_add,
     "sort": _sort,
+    **dict.fromkeys(EXTREMES, extreme),
     **{name: prefix.cumulative for name in ("cumsum", "cumprod", "cumlogsumexp")},
     **{name: _scatter for name in scatters.KINDS},
 }

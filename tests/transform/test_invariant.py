@@ -1,5 +1,6 @@
 """`invariant` and `report`: models of Flax alone and in a batch, on several ranks, control flow, and what raises."""
 
+import functools
 from typing import Any
 
 import jax
@@ -88,6 +89,37 @@ def test_control_flow_and_gradients_are_walked_through() -> None:
     assert not entries.of("uncovered") and len(entries.of("replaced")) > 20
     with pytest.raises(ValueError, match=r"invariant\(jax.grad\(fn\)\)"):
         jax.eval_shape(jax.grad(tbik_jax.invariant(without_while)), x, w)
+
+
+def recurrent(x: jax.Array) -> jax.Array:
+    return lax.scan(lambda h, row: (jnp.sin(h + row), h.sum()), jnp.zeros(x.shape[1]), x)[1]
+
+
+def either(x: jax.Array) -> jax.Array:
+    return lax.cond(x[0, 0] > 0, jnp.sin, jnp.cos, x)
+
+
+REMATERIALISED = {
+    "scan": recurrent,
+    "cond": either,
+    "jit": jax.jit(lambda x: jnp.tanh(x @ x.T)),
+    "softmax": jax.nn.softmax,
+    "while": lambda x: lax.fori_loop(0, 3, lambda _, x: jnp.sin(x), x),
+}
+
+
+@pytest.mark.parametrize("name", REMATERIALISED)
+def test_gradients_of_what_is_computed_again(name: str) -> None:
+    x = normal(np.random.default_rng(9), (24, 5))
+
+    def gradient(remat: Any) -> Any:
+        return jax.grad(lambda x: jnp.square(remat(REMATERIALISED[name])(x)).sum())
+
+    again = jax.jit(tbik_jax.invariant(gradient(jax.checkpoint)))(x)
+    assert_same_bits(again, jax.jit(tbik_jax.invariant(gradient(lambda f: f)))(x))
+    np.testing.assert_allclose(again, jax.jit(gradient(jax.checkpoint))(x), rtol=1e-4, atol=1e-5)
+    dots = functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_saveable)
+    assert_same_bits(jax.jit(tbik_jax.invariant(gradient(dots)))(x), again)
 
 
 @pytest.mark.parametrize("vma", [True, False])
