@@ -23,7 +23,10 @@ _FREE = {
 
 
 def ordered_by_xla(hlo: str) -> list[str]:
-    """Lines of a program whose order of adds XLA chose: float dots, float sums and products, float all-reduces."""
+    """Lines of a program whose order of adds XLA chose: float dots, float sums and products, float all-reduces.
+
+    A scatter counts where it adds or multiplies and its places may meet.
+    """
     adds = set()
     for _, name, body in _COMPUTATION.findall(hlo):
         if re.search(rf"= {FLOAT}\]\S* (?:add|multiply)\(", body):
@@ -32,18 +35,20 @@ def ordered_by_xla(hlo: str) -> list[str]:
     for line in hlo.splitlines():
         result = line.partition(" = ")[2]
         kind = re.search(
-            r" (dot|convolution|reduce-scatter|all-reduce|reduce|reduce-window)(?:-start)?\(", result
+            r" (dot|ragged-dot|convolution|triangular-solve|fft|reduce-scatter|all-reduce|reduce|reduce-window"
+            r"|select-and-scatter|scatter)(?:-start)?\(",
+            result,
         )
         if kind and re.search(FLOAT, result[: kind.start()]):
-            region = re.search(r"to_apply=%?([\w.\-]+)", line)
-            if (
-                not kind[1].startswith("reduce")
-                or kind[1] == "reduce-scatter"
-                or (region and region[1] in adds)
-            ):
+            region = re.search(r"(?:to_apply|scatter)=%?([\w.\-]+)", line)
+            if kind[1] in ("reduce", "reduce-window", "scatter", "select-and-scatter"):
+                orders = bool(region and region[1] in adds)
+            else:
+                orders = True
+            if orders and not (kind[1] == "scatter" and "unique_indices=true" in line):
                 found.append(line)
         target = re.search(r'custom_call_target="([^"]*)"', line)
-        if target and re.search(r"matmul|gemm|dot|onednn|cublas|cudnn", target[1]):
+        if target and re.search(r"matmul|gemm|dot|onednn|cublas|cudnn|cub\$DeviceScan", target[1]):
             found.append(line)
     return found
 
@@ -51,7 +56,8 @@ def ordered_by_xla(hlo: str) -> list[str]:
 def rounded_by_xla(hlo: str) -> list[str]:
     """Lines of float functions of which a backend has several versions, or which it may approximate."""
     functions = (
-        "exponential|exponential-minus-one|log|log-plus-one|rsqrt|tanh|logistic|power|sine|cosine|erf|cbrt"
+        "exponential|exponential-minus-one|log|log-plus-one|rsqrt|tanh|logistic|power"
+        "|sine|cosine|tan|atan2|erf|cbrt"
     )
     return [line for line in hlo.splitlines() if re.search(rf" = {FLOAT}[^=]* (?:{functions})\(", line)]
 

@@ -40,6 +40,24 @@ def test_a_kernel_called_matmul_is_no_product_of_xla_and_a_librarys_is():
         assert len(ordered_by_xla(f'%a = bf16[4]{{0}} custom-call(%x), custom_call_target="{target}"')) == 1
 
 
+SCATTER = """%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %c = f32[] add(%a, %b)
+}
+
+ENTRY %main (x: f32[8], i: s32[4,1], u: f32[4]) -> f32[8] {
+  ROOT %s = f32[8]{0} scatter(%x, %i, %u), update_window_dims={}, index_vector_dim=1UNIQUE, to_apply=%add
+}
+"""
+
+
+def test_a_scatter_orders_adds_where_its_places_may_meet():
+    assert len(ordered_by_xla(SCATTER.replace("UNIQUE", ""))) == 1
+    assert ordered_by_xla(SCATTER.replace("UNIQUE", ", unique_indices=true")) == []
+    assert ordered_by_xla(SCATTER.replace("UNIQUE", "").replace("add(%a, %b)", "maximum(%a, %b)")) == []
+
+
 def test_functions_with_several_versions_are_found_inside_fusions():
     assert len(rounded_by_xla(PROGRAM)) == 1
     assert rounded_by_xla("%m = f32[4]{0} multiply(%a, %b)\n%d = f32[4]{0} divide(%a, %b)") == []
