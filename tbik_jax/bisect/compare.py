@@ -309,13 +309,19 @@ def _compared(left: Trace, a: Op, right: Trace, b: Op) -> OpDifference | tuple[s
     """What an op's values differ in; or the op's name, and why they cannot be compared.
 
     Shapes can allow several ways to put values of ranks together, and to find a row in a batch: squares, for one.
-    Values that agree in one of them are the same; of others the nearest are reported.
+    Values that agree in the first of them are the same. Those that agree in another alone cannot be told from a
+    permutation, and are not compared; of those that agree in none the nearest are reported.
     """
     if a.dtype != b.dtype:
         return a.name, f"it is {a.dtype} in one run and {b.dtype} in the other"
     nearest: OpDifference | None = None
-    for x, y in _ways(left, a, right, b):
+    for way, (x, y) in enumerate(_ways(left, a, right, b)):
         found = _difference(a, x, y)
+        if way > 0 and not found.differs:
+            return (
+                a.name,
+                f"its shapes {_shown(a)} and {_shown(b)} fit in several ways, and it agrees in one alone",
+            )
         if nearest is None or (found.differing or 0) < (nearest.differing or 0):
             nearest = found
         if not nearest.differs:
@@ -331,6 +337,9 @@ def _compared(left: Trace, a: Op, right: Trace, b: Op) -> OpDifference | tuple[s
 def _ways(left: Trace, a: Op, right: Trace, b: Op) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """The values of an op in both runs, of one shape, in each way that their shapes allow."""
     x, y = left.values[a.name], right.values[b.name]
+    if a.ranks == b.ranks and a.shape == b.shape:  # on one mesh each rank has its counterpart
+        yield x, y
+        return
     for shape_x, shape_y in itertools.product(_joined_shapes(a), _joined_shapes(b)):
         for rows in _alignments(shape_x[1], shape_y[1], left, right):
             joined = _join(x, len(a.ranks), shape_x[0]), _join(y, len(b.ranks), shape_y[0])
@@ -342,23 +351,16 @@ def _shown(op: Op) -> str:
 
 
 def _joined_shapes(op: Op) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Dimensions along which each dimension of ranks may be joined, and the shape of the whole.
-
-    With no ranks, and for two runs on one mesh, also the ranks side by side.
-    """
+    """Dimensions along which each dimension of ranks may be joined, and the shape of the whole."""
     for dims in itertools.product(range(len(op.shape)), repeat=len(op.ranks)):
         shape = list(op.shape)
         for dim, ranks in zip(dims, op.ranks, strict=True):
             shape[dim] *= ranks
         yield dims, tuple(shape)
-    if op.ranks:
-        yield (-1,) * len(op.ranks), (*op.ranks, *op.shape)
 
 
 def _join(x: np.ndarray, ranks: int, dims: Sequence[int]) -> np.ndarray:
     """The whole of [ranks..., local shape], each dimension of ranks joined along a dimension of the local shape."""
-    if dims and dims[0] == -1:
-        return x
     for left in range(ranks, 0, -1):  # the last dimension of ranks changes fastest
         x = np.concatenate(np.split(x, x.shape[left - 1], axis=left - 1), axis=left + dims[left - 1])
         x = np.squeeze(x, axis=left - 1)
