@@ -112,7 +112,6 @@ _ROUNDED = frozenset(
         "sqrt",
         "cbrt",
         "exp2",
-        "log2",
         "erf_inv",
         "sin",
         "cos",
@@ -129,6 +128,7 @@ _ROUNDED = frozenset(
 _ELEMENTARY = {
     "tanh": elementary.tanh,
     "log1p": elementary.log1p,
+    "log2": elementary.log2,
     "expm1": elementary.expm1,
     "asinh": elementary.asinh,
     "acosh": elementary.acosh,
@@ -207,7 +207,7 @@ def refusal(eqn: Any) -> str | None:
     }
     if kinds - set(FLOATS) and name not in ("sort", *EXTREMES):
         return f"{', '.join(sorted(kinds - set(FLOATS)))} is not one of {', '.join(FLOATS)}"
-    if eqn.params.get("axis_index_groups") is not None:
+    if eqn.params.get("axis_index_groups") is not None and name not in EXTREMES:
         return "axis_index_groups has no tree; use a mesh with an axis for each group"
     if name in ("psum", "psum_invariant") and not all(isinstance(a, str) for a in eqn.params["axes"]):
         return f"axes {eqn.params['axes']} are positions, not mesh axes; use jnp.sum, or name mesh axes"
@@ -256,7 +256,7 @@ def _sum(eqn: Any, x: jax.Array) -> jax.Array:
 
 
 def _convert(eqn: Any, x: jax.Array) -> jax.Array:
-    dtype = eqn.params["new_dtype"]
+    dtype, x = eqn.params["new_dtype"], jnp.asarray(x)  # a constant of NumPy's converts as NumPy does
     return (
         rounding.round_to(x, dtype)
         if x.dtype == jnp.float32 and dtype in (jnp.bfloat16, jnp.float16)

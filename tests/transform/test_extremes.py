@@ -110,3 +110,16 @@ def test_ranks_agree_on_the_sign(reduce: Callable[..., Any]) -> None:
             check_vma=False,
         )
         assert_same_bits(jax.jit(mapped)(x), expected)
+
+
+def test_groups_of_ranks_need_no_tree() -> None:
+    mesh = Mesh(np.asarray(jax.devices()[:4]), ("a",))
+    groups = [[0, 1], [2, 3]]
+    mapped = jax.shard_map(
+        tbik_jax.invariant(lambda x: lax.pmax(x, "a", axis_index_groups=groups)),
+        mesh=mesh,
+        in_specs=PartitionSpec("a"),
+        out_specs=PartitionSpec("a"),
+        check_vma=False,
+    )
+    assert_same_bits(jax.jit(mapped)(np.arange(4, dtype=F32)), np.asarray([1, 1, 3, 3], F32))

@@ -97,6 +97,15 @@ def test_keys_that_follow_the_batch_are_refused():
         invariant(jax.vmap(lambda key: jax.random.uniform(key, (3,))))(keys)
 
 
+@pytest.mark.parametrize("dtype", ["int32", "uint8", "int8"])
+def test_constants_convert_as_arguments_do(dtype):
+    constant = np.asarray([np.nan, 3e9, -3e9, 300, -1], np.float32)
+    expected = jnp.asarray(constant).astype(dtype)
+    converted = jax.jit(invariant(lambda x: lax.convert_element_type(jnp.asarray(constant), dtype) + x))
+    assert_same_bits(converted(jnp.zeros(5, dtype)), expected)
+    assert_same_bits(jax.jit(invariant(lambda x: x.astype(dtype)))(constant), expected)
+
+
 def encoder(x, w):
     with jax.named_scope("Encoder"):
         x = jax.jit(lambda x: x @ w)(x)
