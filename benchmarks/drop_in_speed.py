@@ -233,12 +233,13 @@ def _product_cases(dry: bool) -> dict[str, Callable[[], Case]]:
         args = _normal(m, k), _normal(k, k), _normal(k, seed=1)
         return _rows(lambda x, w, b: x @ w + b, tbik_jax.matmul, *args)
 
-    def batched() -> Case:
+    def batched(length: int, columns: int) -> Case:
         dims = (((2,), (1,)), ((0,), (0,)))
         plain, ours = (
             functools.partial(f, dimension_numbers=dims) for f in (jax.lax.dot_general, tbik_jax.dot_general)
         )
-        return Case(plain=plain, invariant=ours, args=(_normal(b * h, t, d), _normal(b * h, d, t, seed=1)))
+        args = _normal(b * h, t, length), _normal(b * h, length, columns, seed=1)
+        return Case(plain=plain, invariant=ours, args=args)
 
     def attention(causal: bool) -> Case:
         plain, ours = (
@@ -252,7 +253,8 @@ def _product_cases(dry: bool) -> dict[str, Callable[[], Case]]:
     return {
         "dot_product_attention, full": lambda: attention(False),
         "dot_product_attention, causal": lambda: attention(True),
-        "dot_general, batched": batched,
+        "dot_general, batched, short sums": lambda: batched(d, t),
+        "dot_general, batched, long sums": lambda: batched(t, d),
         "matmul, bfloat16": lambda: product(m, BF16),
         "matmul, bfloat16, 8 rows": lambda: product(8, BF16),
         "matmul, float32": lambda: product(max(8, m // 8), F32),

@@ -44,9 +44,9 @@ from .config import (
     reads_transposed,
 )
 from .mosaic_leaves import LeafLoop
-from .mosaic_problem import Problem, Ref, named_buffer, names_of, swizzle_of, tiling
+from .mosaic_problem import Place, Problem, Ref, named_buffer, names_of, swizzle_of, tiling
 from .mosaic_sums import LINE, Exchange, Value, columns_of, homes_of
-from .operands import check_operands
+from .operands import check_batch, check_operands
 
 __all__ = ["MosaicConfig", "candidate_configs", "choose_config", "tree_matmul_mosaic_gpu"]
 
@@ -68,8 +68,9 @@ def tree_matmul_mosaic_gpu(
     """Multiplies x and w in tree order on a Hopper GPU.
 
     Args:
-        x: [M, K], bfloat16 or float16, any M >= 1; [K, M] with `transpose_lhs`.
-        w: [K, N], or [N, K] with `transpose_rhs`, of x's type; N a multiple of 16.
+        x: [M, K], bfloat16 or float16, any M >= 1; [K, M] with `transpose_lhs`. Or [B, M, K]: B products in one launch.
+        w: [K, N], or [N, K] with `transpose_rhs`, of x's type; N a multiple of 16. With B products [B, K, N] or
+            [B, N, K].
         leaves: 1, 2, 4 or 8 equal slices of K, each a multiple of 16 long.
         out_dtype: bfloat16, float16 or float32; the total is rounded to it once.
         transpose_rhs: Whether w is [N, K]. It is read as it lies, not transposed in memory.
@@ -82,15 +83,19 @@ def tree_matmul_mosaic_gpu(
             the bits of a GPU.
 
     Returns:
-        [M, N] in `out_dtype`, or [M, N / 2] with `gated`.
+        [M, N] in `out_dtype`, or [M, N / 2] with `gated`; [B, M, N] for B products.
 
     Raises:
         ValueError: If a shape, a type, `leaves`, `config` or the device is not covered.
     """
-    rows: jax.Array | jax.ShapeDtypeStruct = x
-    if transpose_lhs:
-        rows = jax.ShapeDtypeStruct(x.shape[::-1], x.dtype)
-    m, n, k = check_operands(rows, w, leaves, jnp.dtype(out_dtype), transpose_rhs)
+    batch = check_batch(x, w)
+    if batch is not None and (transpose_lhs or gated):
+        raise ValueError(
+            f"transpose_lhs={transpose_lhs} and gated={gated} take two matrices, not {batch} of each"
+        )
+    rows = jax.ShapeDtypeStruct(x.shape[:-3:-1] if transpose_lhs else x.shape[-2:], x.dtype)
+    columns = jax.ShapeDtypeStruct(w.shape[-2:], w.dtype)
+    m, n, k = check_operands(rows, columns, leaves, jnp.dtype(out_dtype), transpose_rhs)
     if transpose_lhs and not reads_transposed(m, n, k, leaves, transpose_rhs=transpose_rhs):
         x, transpose_lhs = x.T, False
     if gated and (n % 32 or jnp.dtype(out_dtype) != x.dtype):
@@ -99,7 +104,7 @@ def tree_matmul_mosaic_gpu(
             f"it needs a multiple of 16 columns and out_dtype={x.dtype}"
         )
     stored: dict[str, Any] = {"transpose_rhs": transpose_rhs, "transpose_lhs": transpose_lhs}
-    config = config or choose_config(m, n, k, leaves, **stored)
+    config = config or choose_config(m, n, k, leaves, **stored, batch=batch or 1)
     config = gate_config(config, m) if gated else config
     check_config(config, m=m, n=n, k=k, leaves=leaves, itemsize=jnp.dtype(out_dtype).itemsize, **stored)
     problem = Problem(
@@ -114,6 +119,7 @@ def tree_matmul_mosaic_gpu(
         config=config,
         resident=_interpreted_clusters(config) if interpret else _resident_clusters(config.cluster),
         interpret=interpret,
+        batch=batch,
     )
     if interpret and config.cluster == 8 and problem.tiles > 1:
         raise ValueError(
@@ -126,7 +132,7 @@ def tree_matmul_mosaic_gpu(
 @functools.partial(jax.jit, static_argnums=2)
 def _run(x: jax.Array, w: jax.Array, problem: Problem) -> jax.Array:
     config, clusters = problem.config, problem.clusters
-    out_type = [jax.ShapeDtypeStruct((problem.m, problem.columns), problem.out_dtype)]
+    out_type = [jax.ShapeDtypeStruct((*problem.lead, problem.m, problem.columns), problem.out_dtype)]
     in_global = config.global_blocks(problem.leaves)
     if in_global:
         lines = (config.block // LINE, config.tile_m, LINE)
@@ -212,15 +218,13 @@ def _produce(problem: Problem, x_gmem: Ref, w_gmem: Ref, smem: types.SimpleNames
     def wait_until_empty(slot: jax.Array) -> None:
         plgpu.barrier_wait(smem.empty.at[slot])
 
-    def stream(copy: Callable[[jax.Array, int, tuple[Any, ...], jax.Array, jax.Array], None]) -> None:
-        def run(
-            first_step: jax.Array, steps: jax.Array, row: jax.Array, column: jax.Array, count: jax.Array
-        ) -> jax.Array:
+    def stream(copy: Callable[[jax.Array, int, tuple[Any, ...], Place], None]) -> None:
+        def run(first_step: jax.Array, steps: jax.Array, place: Place, count: jax.Array) -> jax.Array:
             def step(i: jax.Array, count: jax.Array) -> jax.Array:
                 slot = lax.rem(count, stages)
                 pl.when(count >= stages)(lambda: wait_until_empty(slot))
                 for box in range(config.boxes):
-                    copy(slot, box, problem.depths(first_step + i, box), row, column)
+                    copy(slot, box, problem.depths(first_step + i, box), place)
                 return count + 1
 
             return lax.fori_loop(0, steps, step, count)
@@ -229,34 +233,35 @@ def _produce(problem: Problem, x_gmem: Ref, w_gmem: Ref, smem: types.SimpleNames
         if problem.cut_tiles:
             steps = problem.cut_leaves * problem.leaf_steps
             trips = jnp.where(problem.has_cut_tile(), steps, 0)
-            count = run(part * steps, trips, *problem.cut_place(), count)
+            count = run(part * steps, trips, problem.cut_place(), count)
         # No barrier may go away while an arrival is pending: see the last use of every slot freed.
         lax.fori_loop(
             jnp.maximum(count - stages, 0), count, lambda i, _: wait_until_empty(lax.rem(i, stages)), None
         )
 
-    def copy_x(slot: jax.Array, box: int, ks: tuple[Any, ...], row: jax.Array, column: jax.Array) -> None:
+    def copy_x(slot: jax.Array, box: int, ks: tuple[Any, ...], place: Place) -> None:
         ring = names_of(smem.x, len(problem.x_ring.names()))[-1]
         if problem.transpose_lhs:
             for wg in range(config.consumers):
-                src = x_gmem.at[*ks, pl.ds(row + wg * config.tile_m, config.tile_m)]
+                src = x_gmem.at[*ks, pl.ds(place.row + wg * config.tile_m, config.tile_m)]
                 plgpu.copy_gmem_to_smem(src, ring.at[slot, box, wg], smem.full.at[slot])
             return
-        src = x_gmem.at[pl.ds(row, problem.x_rows), *ks]
+        src = x_gmem.at[*place.product, pl.ds(place.row, problem.x_rows), *ks]
         dst = ring.at[pl.ds(problem.x_start(slot, box), problem.x_rows)]
         plgpu.copy_gmem_to_smem(src, dst, smem.full.at[slot])
 
-    def copy_w(slot: jax.Array, box: int, ks: tuple[Any, ...], row: jax.Array, column: jax.Array) -> None:
-        columns = pl.ds(column, config.half)
+    def copy_w(slot: jax.Array, box: int, ks: tuple[Any, ...], place: Place) -> None:
+        columns = pl.ds(place.column, config.half)
         dst = names_of(smem.w, len(problem.w_ring.names()))[-1].at[slot, box]
         axes = "pair" if config.multicast > 1 else None
         copy = functools.partial(plgpu.copy_gmem_to_smem, barrier=smem.full.at[slot], collective_axes=axes)
         if config.gated:  # gates, and then the values beside them
             copy(w_gmem.at[columns, *ks], dst.at[pl.ds(0, config.half)])
-            values = pl.ds(problem.columns + column, config.half)
+            values = pl.ds(problem.columns + place.column, config.half)
             copy(w_gmem.at[values, *ks], dst.at[pl.ds(config.half, config.half)])
         else:
-            copy(w_gmem.at[columns, *ks] if problem.transpose_rhs else w_gmem.at[*ks, columns], dst)
+            index = (columns, *ks) if problem.transpose_rhs else (*ks, columns)
+            copy(w_gmem.at[*place.product, *index], dst)
 
     @plgpu.warp_map
     def _(warp: jax.Array) -> None:
@@ -298,18 +303,18 @@ def _consume(
         block=config.block,
     )
 
-    def finish(value: Value, row: jax.Array, column: jax.Array, tiles: jax.Array) -> None:
+    def finish(value: Value, place: Place, tiles: jax.Array) -> None:
         if config.gated:
             value = _gate(value, problem.out_dtype)
         if exchange is not None:
             value = exchange.join(value, tiles)
-            column = column + lax.axis_index("part") * config.out_columns
-        _store(problem, value, out_smem, out_gmem, row + wg * config.tile_m, column)
+            place = place._replace(column=place.column + lax.axis_index("part") * config.out_columns)
+        _store(problem, value, out_smem, out_gmem, place)
 
     def climb(level: int, held: "_Held") -> None:
         """Merges a complete subtree with its left sibling, or lets it wait for its right one."""
         if level == problem.levels:
-            finish(held.value, held.row, held.column, held.tiles)
+            finish(held.value, held.place, held.tiles)
             return
 
         def wait() -> None:
@@ -324,12 +329,12 @@ def _consume(
 
         lax.cond((held.group >> level) & 1 == 1, merge, wait)
 
-    def tile_at_once(row: jax.Array, column: jax.Array, carry: tuple[jax.Array, jax.Array]) -> Any:
+    def tile_at_once(place: Place, carry: tuple[jax.Array, jax.Array]) -> Any:
         count, tiles = carry
-        finish(loop.group(count, problem.group, lambda: None), row, column, tiles)
+        finish(loop.group(count, problem.group, lambda: None), place, tiles)
         return count + problem.part_steps, tiles + 1
 
-    def tile_in_groups(row: jax.Array, column: jax.Array, carry: tuple[jax.Array, jax.Array, "_Held"]) -> Any:
+    def tile_in_groups(place: Place, carry: tuple[jax.Array, jax.Array, "_Held"]) -> Any:
         count, tiles, held = carry
 
         def group(index: jax.Array, carry: tuple[jax.Array, "_Held"]) -> tuple[jax.Array, "_Held"]:
@@ -340,7 +345,7 @@ def _consume(
                 pl.when(count > 0)(lambda: climb(0, held))
 
             value = loop.group(count, problem.group, begun)
-            held = _Held(value=value, group=index, row=row, column=column, tiles=tiles)
+            held = _Held(value=value, group=index, place=place, tiles=tiles)
             return count + problem.group * problem.leaf_steps, held
 
         # A loop, not unrolled: the code of eight leaves would not stay in the instruction cache.
@@ -353,10 +358,10 @@ def _consume(
     def cut_tile(count: jax.Array, begun: Callable[[], None]) -> None:
         # Code of its own, which runs once: the loop over the whole tiles stays as short, and as quick to fetch.
         value = loop.group(count, problem.cut_leaves, begun)
-        row, column = problem.cut_place()
+        place = problem.cut_place()
         value = Exchange(problem, smem, in_global).join_once(value)
-        column = column + lax.axis_index("part") * config.out_columns
-        _store(problem, value, out_smem, out_gmem, row + wg * config.tile_m, column)
+        place = place._replace(column=place.column + lax.axis_index("part") * config.out_columns)
+        _store(problem, value, out_smem, out_gmem, place)
 
     zero = lax.optimization_barrier(jnp.int32(0))
     if not config.overlap:
@@ -364,7 +369,7 @@ def _consume(
         held = None
     else:
         none = columns_of(jnp.zeros((config.tile_m, config.tile_n), jnp.float32), config.block)
-        nothing = _Held(none, zero, zero, zero, zero)
+        nothing = _Held(none, zero, Place(zero, zero, (zero,) * len(problem.lead)), zero)
         count, tiles, held = problem.walk(tile_in_groups, (zero, zero, nothing))
 
     def end() -> None:
@@ -382,7 +387,7 @@ def _consume(
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["value", "group", "row", "column", "tiles"],
+    data_fields=["value", "group", "place", "tiles"],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
@@ -391,8 +396,7 @@ class _Held:
 
     value: Value
     group: jax.Array
-    row: jax.Array
-    column: jax.Array
+    place: Place
     tiles: jax.Array
 
 
@@ -403,11 +407,10 @@ def _gate(value: Value, dtype: Any) -> Value:
     return [silu(gate) * up for gate, up in zip(rounded[:count], rounded[count:], strict=True)]
 
 
-def _store(
-    problem: Problem, value: Value, out_smem: list[Ref], out_gmem: Ref, row: jax.Array, column: jax.Array
-) -> None:
+def _store(problem: Problem, value: Value, out_smem: list[Ref], out_gmem: Ref, place: Place) -> None:
     """Rounds a warpgroup's rows once and stores them through shared memory, block by block."""
     wg = lax.axis_index("wg")
+    row = place.row + wg * problem.config.tile_m
     staged, src = out_smem[0], out_smem[-1]  # the warpgroups' name and TMA's
     _, slots, height, width = problem.out_ring.shape
     blocks = [block for wide in value for block in columns_of(wide.astype(problem.out_dtype), width)]
@@ -418,7 +421,8 @@ def _store(
         plgpu.wait_smem_to_gmem(pending, wait_read_only=True)
         staged.at[wg, slot][...] = block
         plgpu.commit_smem()
-        dst = out_gmem.at[pl.ds(row, height), pl.ds(column + i * width, width)]
+        across = pl.ds(place.column + i * width, width)
+        dst = out_gmem.at[*place.product, pl.ds(row, height), across]
         plgpu.copy_smem_to_gmem(src.at[wg, slot], dst)
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +15,27 @@ from .config import MosaicConfig
 Ref = Any  # Pallas has no public type for what its refs become inside a kernel
 
 
+class Place(NamedTuple):
+    """Where a tile of the output begins.
+
+    Attributes:
+        row: in elements.
+        column: likewise.
+        product: the number of the product that it belongs to, as an index; () where there is one product alone.
+    """
+
+    row: jax.Array
+    column: jax.Array
+    product: tuple[jax.Array, ...]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Problem:
-    """One call: its sizes and types, its tiling, the clusters that run at once, and what follows from them."""
+    """One call: its sizes and types, its tiling, the clusters that run at once, and what follows from them.
+
+    With `batch` the operands and the result have a first dimension for as many products of the same sizes. Their tiles
+    are walked one product after the other.
+    """
 
     m: int
     n: int
@@ -30,10 +48,11 @@ class Problem:
     resident: int
     interpret: bool
     transpose_lhs: bool = False
+    batch: int | None = None
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Output tiles of a cluster, down and across."""
+        """Output tiles of a cluster, down and across, of one product."""
         return pl.cdiv(self.m, self.config.rows * self.config.multicast), pl.cdiv(
             self.columns, self.config.half
         )
@@ -44,8 +63,18 @@ class Problem:
         return self.n // 2 if self.config.gated else self.n
 
     @property
-    def tiles(self) -> int:
+    def tiles_each(self) -> int:
+        """Output tiles of one product."""
         return self.grid[0] * self.grid[1]
+
+    @property
+    def tiles(self) -> int:
+        return self.tiles_each * (self.batch or 1)
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """The first dimensions of operands and result."""
+        return () if self.batch is None else (self.batch,)
 
     @property
     def clusters(self) -> int:
@@ -88,9 +117,10 @@ class Problem:
         return self.leaf % self.config.depth > 0
 
     def with_leaves(self, x: jax.Array, axis: int) -> jax.Array:
-        """An operand as the kernel takes it, K its dimension `axis`."""
+        """An operand as the kernel takes it, K the dimension `axis` of its matrices."""
         if not self.ragged:
             return x
+        axis += len(self.lead)
         return x.reshape(*x.shape[:axis], self.leaves, self.leaf, *x.shape[axis + 1 :])
 
     def depths(self, step: jax.Array, box: int) -> tuple[Any, ...]:
@@ -184,29 +214,33 @@ class Problem:
         return self.config.consumers, self.config.tile_m, self.config.block
 
     def walk(self, body: Callable[..., Any], carry: Any) -> Any:
-        """Runs body(row, column, carry) -> carry over this CTA's tiles, but for one that is cut; see `place`."""
+        """Runs body(place, carry) -> carry over this CTA's tiles, but for one that is cut."""
 
         def tile(info: plgpu.NDLoopInfo, carry: Any) -> Any:
-            return body(*self.place(info.index[0]), carry)
+            return body(self.place(info.index[0]), carry)
 
         if not self.whole_tiles:
             return carry
         axes = ("cluster", "part") if self.config.last_split > 1 else "cluster"
         return plgpu.nd_loop((self.whole_tiles,), collective_axes=axes, init_carry=carry)(tile)
 
-    def cut_place(self) -> tuple[jax.Array, jax.Array]:
-        """Row and column of the cut tile of this CTA's cluster, if it has one; see `place`."""
+    def cut_place(self) -> Place:
+        """The cut tile of this CTA's cluster, if it has one."""
         return self.place(self.whole_tiles + lax.axis_index("cluster"))
 
     def has_cut_tile(self) -> jax.Array:
         return lax.axis_index("cluster") < self.cut_tiles
 
-    def place(self, tile: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Row and column, in elements, of this CTA's tile with a number on the snake."""
+    def place(self, tile: jax.Array) -> Place:
+        """This CTA's tile with a number on the snake."""
         config, minor = self.config, 0 if self.config.snake_rows else 1
+        product: tuple[jax.Array, ...] = ()
+        if self.batch is not None:
+            each = jnp.int32(self.tiles_each)
+            product, tile = (lax.div(tile, each),), lax.rem(tile, each)
         mi, ni = plgpu.planar_snake(tile, self.grid, minor, config.snake)
         mi = mi * config.multicast + lax.axis_index("pair")
-        return mi * config.rows, ni * config.half
+        return Place(mi * config.rows, ni * config.half, product)
 
 
 @dataclasses.dataclass(frozen=True)

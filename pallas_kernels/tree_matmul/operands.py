@@ -11,8 +11,24 @@ _HALF = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 _FLOAT32 = jnp.dtype(jnp.float32)
 
 
+def check_batch(x: jax.Array, w: jax.Array) -> int | None:
+    """Returns B of x [B, M, K] and w [B, ...], None for matrices, or says what is not covered."""
+    if x.ndim == w.ndim == 2:
+        return None
+    if not (x.ndim == w.ndim == 3 and x.shape[0] == w.shape[0] >= 1):
+        raise ValueError(
+            f"x {x.shape} and w {w.shape} must be two matrices, or as many of each, one at least, along a first "
+            "dimension"
+        )
+    return x.shape[0]
+
+
 def check_operands(
-    x: jax.Array | jax.ShapeDtypeStruct, w: jax.Array, leaves: int, out_dtype: Any, transpose_rhs: bool
+    x: jax.Array | jax.ShapeDtypeStruct,
+    w: jax.Array | jax.ShapeDtypeStruct,
+    leaves: int,
+    out_dtype: Any,
+    transpose_rhs: bool,
 ) -> tuple[int, int, int]:
     """Returns (m, n, k), or says what is not covered."""
     stored = "[N, K]" if transpose_rhs else "[K, N]"

@@ -16,7 +16,6 @@ from ..pallas_kernels.common.backend import resolve_backend
 from ..pallas_kernels.common.dtypes import FLOATS
 from ..pallas_kernels.tree_matmul.api import tree_matmul
 from ..pallas_kernels.tree_matmul.plan import LEAF_MULTIPLE, LEAVES, check_leaves
-from ..pallas_kernels.tree_matmul.reference import tree_matmul_reference
 from . import steps
 
 DimensionNumbers = tuple[tuple[Sequence[int], Sequence[int]], tuple[Sequence[int], Sequence[int]]]
@@ -375,16 +374,12 @@ def _product(leaves: int, out_dtype: str, transpose_rhs: bool) -> Callable[[jax.
 
 
 def _batched(leaves: int, out_dtype: str, transpose_rhs: bool, x: jax.Array, w: jax.Array) -> jax.Array:
-    """x [B, M, K] times w [B, K, N] or [B, N, K]; the kernels take one product after the other."""
-    if resolve_backend(None, x.dtype) == "reference":
-
-        def one(x: jax.Array, w: jax.Array) -> jax.Array:
-            return tree_matmul_reference(
-                x, w, leaves=leaves, out_dtype=out_dtype, transpose_rhs=transpose_rhs
-            )
-
-        return jax.vmap(one)(x, w)
-    return lax.map(lambda pair: _product(leaves, out_dtype, transpose_rhs)(*pair), (x, w))
+    """x [B, M, K] times w [B, K, N] or [B, N, K]."""
+    columns = 1 if transpose_rhs else 2
+    n = w.shape[columns]
+    if resolve_backend(None, x.dtype) != "reference":
+        w = _pad(w, columns, -(-n // _KERNEL_N) * _KERNEL_N)
+    return tree_matmul(x, w, leaves, out_dtype=out_dtype, transpose_rhs=transpose_rhs)[..., :n]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

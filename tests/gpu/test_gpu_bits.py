@@ -204,6 +204,37 @@ def test_x_as_it_lies_transposed(hopper, make, m, n, k, leaves):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("batch", "m", "n", "k", "leaves"),
+    [
+        (6, 1000, 512, 128, 8),
+        (40, 257, 128, 1024, 8),
+        (5, 1, 272, 512, 8),
+        (3, 130, 640, 640, 8),
+        (9, 65, 48, 96, 2),
+        (70, 300, 256, 64, 1),
+    ],
+)
+@pytest.mark.parametrize("make", [normal, wide])
+@pytest.mark.parametrize("transpose_rhs", [False, True])
+def test_products_in_one_launch(hopper, make, batch, m, n, k, leaves, transpose_rhs):
+    """Each has the bits of the one alone, in any tiling."""
+    rng = np.random.default_rng([13, batch, m])
+    x = jnp.asarray(make(rng, (batch, m, k), jnp.bfloat16))
+    w = jnp.asarray(normal(rng, (batch, n, k), jnp.bfloat16))
+    w = w if transpose_rhs else jnp.swapaxes(w, 1, 2)
+    product = functools.partial(
+        tree_matmul_mosaic_gpu, leaves=leaves, out_dtype=jnp.float32, transpose_rhs=transpose_rhs
+    )
+    expected = jnp.stack([product(x[i], w[i]) for i in range(batch)])
+    configs = candidate_configs(m, n, k, leaves, transpose_rhs=transpose_rhs, batch=batch)
+    for config in configs[:5]:
+        for _ in range(3):
+            assert_same_bits(product(x, w, config=config), expected)
+    assert differing(product(x[::-1], w), expected) > expected.size // 2
+
+
+@pytest.mark.gpu
 def test_numerics(gpus):
     x, w = _inputs(normal, jnp.bfloat16)
     exact = np.asarray(x, np.float64) @ np.asarray(w, np.float64)

@@ -1,6 +1,7 @@
 """`dot_general`, `matmul` and `einsum`: the bits of a slice are its own, in every gradient too."""
 
 import functools
+import re
 from typing import Any
 
 import jax
@@ -11,7 +12,8 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import tbik_jax
-from tbik_jax.ops import plan_product
+from tbik_jax.ops import contraction, plan_product
+from tbik_jax.pallas_kernels.tree_matmul import api, mosaic_gpu
 from tests import orders
 from tests.backward import in_float64
 from tests.helpers import (
@@ -110,6 +112,26 @@ def test_a_row_of_the_batch_stands_alone(problem: str) -> None:
         return jnp.moveaxis(pull(out)[0], where, 0)
 
     assert_rows_stand_alone(gradient, np.moveaxis(rows, where, 0), counts=(1, 8))
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_products_with_batch_dimensions_are_one_kernel_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, mapped: bool
+) -> None:
+    """Also of columns that the kernel takes only filled up to a multiple of 16, and of what `jax.vmap` makes."""
+    for module in (contraction, api):
+        monkeypatch.setattr(module, "resolve_backend", lambda *_: "mosaic_gpu")
+    monkeypatch.setattr(mosaic_gpu, "_resident_clusters", lambda size: 132 // size)
+    product = functools.partial(tbik_jax.dot_general, dimension_numbers=PROBLEMS["batched"][2])
+    if mapped:
+        product = jax.vmap(
+            functools.partial(tbik_jax.dot_general, dimension_numbers=(((1,), (1,)), ((), ())))
+        )
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((3, 9, 128), (3, 5, 128))]
+    jax.clear_caches()  # of another backend
+    text = jax.jit(lambda x, w: product(x, w)).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+    jax.clear_caches()
+    assert text.count("mosaic_gpu_v2") == 1 and not re.search(r"stablehlo\.(while|dot)", text)
 
 
 def test_the_same_cut_finds_plain_dots_that_differ() -> None:

@@ -70,6 +70,24 @@ def test_there_are_candidates_for_every_shape_and_all_can_run(shape):
 
 
 @slowly
+@given(shape=shapes, batch=st.integers(2, 300))
+def test_there_are_candidates_for_several_products_and_all_can_run(shape, batch):
+    m, n, k, leaves, transpose_rhs = shape
+    found = candidate_configs(m, n, k, leaves, transpose_rhs=transpose_rhs, batch=batch)
+    for config in found:
+        check(config, shape)
+    # Zeros behind leaves, which may show in the sign of a zero, are there for one product and for several.
+    ragged = {k // leaves % config.depth > 0 for config in (*found, *candidates(shape))}
+    assert len(ragged) == 1
+
+
+def test_several_products_fill_the_gpu_without_clusters():
+    """One has too few tiles, and many have enough: their leaves need not be spread."""
+    assert candidate_configs(64, 128, 4096, 8, batch=1)[0].split > 1
+    assert candidate_configs(64, 128, 4096, 8, batch=256)[0].split == 1
+
+
+@slowly
 @given(shape=shapes)
 def test_the_first_candidates_differ_in_split_or_last_split_or_width(shape):
     """So the tuner sees something of everything when it may try only a few."""

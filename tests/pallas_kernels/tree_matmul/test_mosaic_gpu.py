@@ -15,6 +15,7 @@ import pytest
 from tbik_jax.pallas_kernels.tree_matmul import mosaic_gpu, mosaic_sums
 from tbik_jax.pallas_kernels.tree_matmul.config import SMEM_BYTES
 from tbik_jax.pallas_kernels.tree_matmul.mosaic_gpu import MosaicConfig, tree_matmul_mosaic_gpu
+from tbik_jax.pallas_kernels.tree_matmul.mosaic_problem import Problem
 from tests.helpers import assert_same_bits, differing
 
 BF16, F16, F32 = jnp.bfloat16, jnp.float16, jnp.float32
@@ -278,6 +279,47 @@ def test_a_row_keeps_its_bits_in_every_batch():
     assert_same_bits(interpreted(x[::-1], w, 4, BF16), batch[::-1])
 
 
+def several(count, m, n, leaf, leaves, transpose_rhs):
+    """Operands of `count` products, and what each has to be."""
+    size = n, leaf * leaves, leaves
+    pairs = [operands_with_exact_leaves(m + i, *size, transpose_rhs=transpose_rhs) for i in range(count)]
+    pairs = [(x[:m], w) for x, w in pairs]  # of more rows the numbers are others
+    expected = [in_order(x, w.T if transpose_rhs else w, leaves) for x, w in pairs]
+    x, w = (jnp.stack(each) for each in zip(*pairs, strict=True))
+    return x, w, np.stack(expected)
+
+
+@pytest.mark.parametrize(
+    ("count", "m", "n", "leaf", "leaves", "transpose_rhs", "config"),
+    [
+        (3, 3, 32, 16, 2, False, small(overlap=False, group=2)),
+        # Ragged rows and columns; sums wait in shared memory where the output goes, of one product and of the next.
+        (2, 70, 48, 16, 8, True, small(group=2, shared=1)),
+        (3, 65, 96, 32, 4, False, small(split=2, tile_n=64, stages=3)),
+        (2, 129, 32, 32, 4, True, small(multicast=2, group=2, boxes=2)),
+        (5, 3, 32, 16, 4, False, last_round_cut(small(group=2))),
+        # Boxes that their leaf does not fill.
+        (2, 5, 64, 80, 2, False, small(tile_n=64, tile_k=64)),
+        (1, 17, 16, 16, 8, True, small(group=4)),
+    ],
+)
+def test_products_in_one_launch_never_show_in_the_bits(count, m, n, leaf, leaves, transpose_rhs, config):
+    x, w, expected = several(count, m, n, leaf, leaves, transpose_rhs)
+    assert_same_bits(interpreted(x, w, leaves, transpose_rhs=transpose_rhs, config=config), expected)
+
+
+def test_products_that_took_another_ones_operands_would_be_seen(monkeypatch):
+    """The twin: every tile is of the first product."""
+    x, w, expected = several(3, 5, 32, 16, 2, False)
+    place = Problem.place
+    monkeypatch.setattr(Problem, "place", lambda self, tile: place(self, tile % self.tiles_each))
+    jax.clear_caches()
+    out = interpreted(x, w, 2, config=small())
+    jax.clear_caches()
+    assert_same_bits(out[0], expected[0])
+    assert differing(out[1:], expected[1:]) > expected[1:].size // 2
+
+
 WHOLE = MosaicConfig(consumers=2, tile_n=128, tile_k=64, stages=4)
 
 
@@ -295,13 +337,15 @@ WHOLE = MosaicConfig(consumers=2, tile_n=128, tile_k=64, stages=4)
         (300, 4096, 4096, 4, dataclasses.replace(WHOLE, multicast=2, split=2, shared=1)),
         (1024, 5120, 4096, 8, dataclasses.replace(WHOLE, last_split=2, group=4, shared=2)),
         (1024, 5120, 4096, 4, dataclasses.replace(WHOLE, last_split=2, group=4, overlap=False)),
+        (512, 512, 640, 8, dataclasses.replace(WHOLE, group=2)),
     ],
 )
 @pytest.mark.parametrize("transpose_rhs", [False, True])
-def test_lowers_for_hopper(monkeypatch, m, n, k, leaves, config, transpose_rhs):
+@pytest.mark.parametrize("lead", [(), (3,)], ids=["one", "three"])
+def test_lowers_for_hopper(monkeypatch, m, n, k, leaves, config, transpose_rhs, lead):
     monkeypatch.setattr(mosaic_gpu, "_resident_clusters", lambda size: 132 // size)
-    x = jax.ShapeDtypeStruct((m, k), BF16)
-    w = jax.ShapeDtypeStruct((n, k) if transpose_rhs else (k, n), BF16)
+    x = jax.ShapeDtypeStruct((*lead, m, k), BF16)
+    w = jax.ShapeDtypeStruct((*lead, *((n, k) if transpose_rhs else (k, n))), BF16)
     product = functools.partial(
         tree_matmul_mosaic_gpu,
         leaves=leaves,
@@ -420,10 +464,13 @@ def test_refuses_other_shapes_and_mixed_types():
     x, w = operands(8, 32, 64)
     with pytest.raises(ValueError, match="w is float16"):
         interpreted(x, w.astype(F16), 1)
+    for rows, columns in ((x[None], w), (x[None], jnp.stack([w, w])), (x[None][:0], w[None][:0])):
+        with pytest.raises(ValueError, match="must be two matrices, or as many of each, one at least"):
+            interpreted(rows, columns, 1)
     with pytest.raises(
-        ValueError, match=r"x \(1, 8, 64\) and w \(64, 32\) must be matrices \[M, K\] and \[K, N\]"
+        ValueError, match="transpose_lhs=True and gated=False take two matrices, not 1 of each"
     ):
-        interpreted(x[None], w, 1)
+        interpreted(x.T[None], w[None], 1, transpose_lhs=True)
 
 
 def test_refuses_a_device_that_is_no_hopper():

@@ -131,6 +131,19 @@ def test_leading_dimensions_change_nothing() -> None:
 
 
 @pytest.mark.parametrize("name", DTYPES)
+@pytest.mark.parametrize("transpose_rhs", [False, True])
+def test_several_products_are_each_the_one_alone(name: str, transpose_rhs: bool) -> None:
+    x, w = operands(DTYPES[name], m=18, k=128, n=3 * 48)
+    x, w = x.reshape(3, 6, 128), np.moveaxis(w.reshape(128, 3, 48), 1, 0)
+    w = np.ascontiguousarray(np.swapaxes(w, 1, 2)) if transpose_rhs else w
+    out = np.asarray(matmul(x.reshape(3, 2, 3, 128), w, transpose_rhs=transpose_rhs))
+    for i in range(3):
+        assert_same_bits(out[i].reshape(6, 48), matmul(x[i], w[i], transpose_rhs=transpose_rhs))
+    assert matmul(np.zeros((3, 0, 128), F32), np.zeros((3, 128, 48), F32)).shape == (3, 0, 48)
+    assert matmul(np.zeros((0, 5, 128), F32), np.zeros((0, 128, 48), F32)).shape == (0, 5, 48)
+
+
+@pytest.mark.parametrize("name", DTYPES)
 def test_bits_do_not_depend_on_jit_or_on_what_stands_around(name: str) -> None:
     x, w = operands(DTYPES[name], m=7)
     expected = matmul(x, w)
@@ -190,7 +203,15 @@ def test_twin_dot_changes_a_row_with_the_batch() -> None:
         ((4, 256), (128, 16), {}, r"x has K=256 and w \[K, N\] has K=128"),
         ((4, 256), (256, 16), {"transpose_rhs": True}, r"x has K=256 and w \[N, K\] has K=16"),
         ((), (256, 16), {}, r"not shapes \(\) and"),
-        ((4, 256), (2, 256, 16), {}, r"not shapes \(4, 256\) and \(2, 256, 16\)"),
+        (
+            (4, 256),
+            (2, 256, 16),
+            {},
+            r"x \[B, ..., K\] to w \[B, K, N\], not shapes \(4, 256\) and \(2, 256, 16\)",
+        ),
+        ((256,), (2, 256, 16), {}, r"not shapes \(256,\) and \(2, 256, 16\)"),
+        ((4, 256), (1, 4, 256, 16), {}, r"not shapes \(4, 256\) and \(1, 4, 256, 16\)"),
+        ((4, 256), (4, 4, 16), {"transpose_lhs": True}, r"takes matrices x \[K, M\] and w"),
         ((4, 256), (256, 16), {"out_dtype": "int32"}, "out_dtype=int32 is not supported"),
         ((4, 256), (256, 16), {"out_dtype": "float64"}, "out_dtype=float64 is not supported"),
         ((4, 256), (256, 16), {"backend": "cublas"}, "backend='cublas' is unknown"),
