@@ -35,9 +35,14 @@ from .sampling import SamplingArrays, sample
 
 NUMERICS = ("invariant", "plain", "batch_invariant")
 
-#: How invariant programs are compiled. XLA may otherwise drop bfloat16 roundings inside fusions; and where a loop over
-#: layers slices a stack of caches, it may hand a kernel that writes its cache in place two places instead of one.
-INVARIANT_OPTIONS = {"xla_allow_excess_precision": False, "xla_gpu_enable_dynamic_slice_fusion": False}
+#: How invariant programs are compiled. XLA may otherwise drop bfloat16 roundings inside fusions; where a loop over
+#: layers slices a stack of caches, it may hand a kernel that writes its cache in place two places instead of one; and
+#: it may choose by timing which of two code generators makes a kernel.
+INVARIANT_OPTIONS = {
+    "xla_allow_excess_precision": False,
+    "xla_gpu_enable_dynamic_slice_fusion": False,
+    "xla_gpu_experimental_enable_fusion_autotuner": False,
+}
 
 
 #: Tokens of a pass of prefill, from which on two halves that take turns are quicker than one after the other.

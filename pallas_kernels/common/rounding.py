@@ -3,6 +3,10 @@
 XLA's CPU backend contracts `a * b + c` into a fused multiply-add inside a fusion, and its vector and scalar versions of
 `exp` and `log` differ in the last bit, so a value could depend on the length of the array it stands in. The functions
 here are built from single IEEE operations that stay single.
+
+On a GPU XLA has two code generators, and which one makes a kernel is found out by timing them. They agree on single
+operations but for two: the quotient of a number that the compiler knows, and the negative of a zero. So the numerator
+is hidden here, and a sign is turned as a bit.
 """
 
 from collections.abc import Callable
@@ -66,7 +70,20 @@ def div(a: jax.Array, b: jax.Array | np.float32) -> jax.Array:
     the broadcast. The select between b and b makes `jax.vmap` of `a` alone broadcast b before the barrier, too, and not
     behind it. And of two quotients in a row, `(a / b) / c`, XLA makes `a / (b * c)`: the quotient is pinned.
     """
-    return pin(a / lax.optimization_barrier(jnp.where(a == a, b, b)))
+    return _quotient(a, lax.optimization_barrier(jnp.where(a == a, b, b)))
+
+
+def _quotient(a: jax.Array | np.float32, b: jax.Array) -> jax.Array:
+    """a / b, a unknown to the compiler: a GPU may take another instruction for the quotient of a constant."""
+    known = lax.bitcast_convert_type(b, jnp.int32) != _SPARE_NAN  # else the quotient is a NaN anyway
+    return pin(jnp.where(known, a, np.float32(np.nan)) / b)
+
+
+def neg(x: jax.Array) -> jax.Array:
+    """-x of any float dtype, -0.0 of +0.0: a GPU may take it from zero, which is +0.0."""
+    integer = {2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+    bits = lax.bitcast_convert_type(x, integer)
+    return lax.bitcast_convert_type(bits ^ integer(1 << (8 * x.dtype.itemsize - 1)), x.dtype)
 
 
 def round_to(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
@@ -131,8 +148,8 @@ def log(x: jax.Array) -> jax.Array:
 
 
 def reciprocal_sqrt(x: jax.Array) -> jax.Array:
-    """1 / sqrt(x) of fp32 `x` as two correctly rounded steps; a fused `rsqrt` may be an approximation."""
-    return pin(np.float32(1) / pin(jnp.sqrt(x)))
+    """1 / sqrt(x) of fp32 `x` as two steps; a fused `rsqrt` may be another approximation."""
+    return _quotient(np.float32(1), pin(jnp.sqrt(x)))
 
 
 def _power_of_two(n: jax.Array) -> jax.Array:

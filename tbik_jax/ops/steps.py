@@ -52,10 +52,19 @@ def _div_fwd(a: jax.Array, b: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ja
 def _div_bwd(saved: tuple[jax.Array, jax.Array], ct: jax.Array) -> tuple[jax.Array, jax.Array]:
     quotient, b = saved
     da = div(ct, b)
-    return da, -mul(da, quotient)
+    return da, neg(mul(da, quotient))
 
 
 div.defvjp(_div_fwd, _div_bwd)
+
+
+@jax.custom_vjp
+def neg(x: jax.Array) -> jax.Array:
+    """-x, -0.0 of +0.0."""
+    return rounding.neg(x)
+
+
+neg.defvjp(lambda x: (neg(x), None), lambda _, ct: (neg(ct),))
 
 
 @jax.custom_vjp

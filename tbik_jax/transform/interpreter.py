@@ -80,10 +80,14 @@ def invariant(fn: Callable[..., Any], rules: Sequence[Rule] | None = None) -> Ca
     def run(*args: Any, **kwargs: Any) -> Any:
         closed, leaves, tree = _trace(fn, args, kwargs)
         walk = _Walk(chosen)
+        if any(jnp.issubdtype(aval.dtype, jnp.inexact) for aval in closed.out_avals):
+            # Before anything else: a step that reads bits would pass for one that does not depend on its operand.
+            leaves = [_refuse_gradient_of_floats(x) for x in leaves]
+            closed = closed.replace(consts=[_refuse_gradient_of_floats(x) for x in closed.consts])
         out = walk.closed(closed, leaves)
         if walk.unused:
             warnings.warn(f"rules that match nothing: {walk.unused}", stacklevel=2)
-        return jax.tree.unflatten(tree, [_refuse_gradient(x) for x in out])
+        return jax.tree.unflatten(tree, out)
 
     return run
 
@@ -130,6 +134,10 @@ def _refuse_gradient(x: jax.Array) -> jax.Array:
 @_refuse_gradient.defjvp
 def _raise(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
     raise ValueError("jax.grad(invariant(fn)) leaves sums to JAX; take invariant(jax.grad(fn)) instead")
+
+
+def _refuse_gradient_of_floats(x: Any) -> Any:
+    return _refuse_gradient(x) if jnp.issubdtype(jnp.result_type(x), jnp.inexact) else x
 
 
 class _Walk:

@@ -60,7 +60,6 @@ EXACT = frozenset(
         "min",
         "name",
         "ne",
-        "neg",
         "nextafter",
         "not",
         "optimization_barrier",
@@ -239,6 +238,10 @@ def _bound(eqn: Any, *args: jax.Array) -> jax.Array:
     return rounding.pin(eqn.primitive.bind(*args, **eqn.params))
 
 
+def _neg(eqn: Any, x: jax.Array) -> jax.Array:
+    return rounding.neg(x) if jnp.issubdtype(x.dtype, jnp.floating) else -x
+
+
 def _logistic(eqn: Any, x: jax.Array) -> jax.Array:
     small = rounding.exp(-jnp.abs(x))
     near = rounding.div(jnp.ones_like(x), small + np.float32(1))
@@ -295,6 +298,7 @@ REPLACED: dict[str, Callable[..., Any]] = {
     "rsqrt": _alone(lambda eqn, x: rounding.reciprocal_sqrt(x)),
     "logistic": _alone(_logistic),
     "integer_pow": _alone(_integer_pow),
+    "neg": _neg,
     "convert_element_type": _convert,
     "reduce_sum": _sum,
     "reduce_scatter": _scatter_psum,

@@ -1,6 +1,7 @@
 """`invariant` and `report`: models of Flax alone and in a batch, on several ranks, control flow, and what raises."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -89,6 +90,25 @@ def test_control_flow_and_gradients_are_walked_through() -> None:
     assert not entries.of("uncovered") and len(entries.of("replaced")) > 20
     with pytest.raises(ValueError, match=r"invariant\(jax.grad\(fn\)\)"):
         jax.eval_shape(jax.grad(tbik_jax.invariant(without_while)), x, w)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [lambda x: -x, jnp.exp, jnp.sort, lambda x: jnp.sin(-x).sum()],
+    ids=["-x", "exp", "sort", "sum"],
+)
+def test_a_gradient_of_invariant_is_refused_whatever_is_in_it(function: Callable[..., Any]) -> None:
+    """Steps that read bits have no derivative, which must not come out as zeros."""
+    x = jnp.arange(4.0)
+    mine = tbik_jax.invariant(function)
+    with pytest.raises(ValueError, match=r"invariant\(jax.grad\(fn\)\)"):
+        jax.grad(lambda x: mine(x).sum())(x)
+    with pytest.raises(ValueError, match=r"invariant\(jax.grad\(fn\)\)"):  # of what it closes over
+        jax.grad(lambda x: tbik_jax.invariant(lambda y: function(x) + y)(1.0).sum())(x)
+    # Of what does not follow the argument there is none to refuse, nor of numbers that are no floats.
+    np.testing.assert_array_equal(jax.grad(lambda z: z * mine(x).sum())(2.0), np.asarray(mine(x)).sum())
+    first = tbik_jax.invariant(lambda x: jnp.argmax(function(x)))
+    np.testing.assert_array_equal(jax.grad(lambda x: x[first(x)] * 2)(x).sum(), 2)
 
 
 def recurrent(x: jax.Array) -> jax.Array:

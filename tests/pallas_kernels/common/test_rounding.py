@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tbik_jax.pallas_kernels.common.rounding import div, exp, log, mul, pin, reciprocal_sqrt, round_to
+from tbik_jax.pallas_kernels.common.rounding import div, exp, log, mul, neg, pin, reciprocal_sqrt, round_to
 from tests import orders
 from tests.helpers import DTYPES, assert_same_bits, differing, mixed, normal
 
@@ -295,6 +295,13 @@ def test_reciprocal_sqrt_is_two_rounded_steps() -> None:
     y = operands(16)[0]
     fused = jax.jit(lambda x, y: mul(y, reciprocal_sqrt(x)[:, None]) + 1)(x, y)
     assert_same_bits(fused, y * (F32(1) / np.sqrt(x))[:, None] + 1)
+
+
+@pytest.mark.parametrize("name", DTYPES)
+def test_neg_turns_the_sign_of_all_that_has_one(name: str) -> None:
+    x = np.asarray([0, -0.0, 1, -1, INF, -INF, 1e-40, -6e-8, 3.5], DTYPES[name])
+    assert_same_bits(jax.jit(neg)(x), np.negative(x))
+    assert np.isnan(np.asarray(neg(jnp.asarray([NAN], DTYPES[name])), F32)).all()
 
 
 # --- rounding to a smaller type ----------------------------------------------------------------------------
