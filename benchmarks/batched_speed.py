@@ -78,11 +78,11 @@ def main(argv: list[str]) -> int:
     with ThreadPoolExecutor(2 if args.dry else 14) as pool:
         compiled = {name: _compile(pool, case, args) for name, case in cases.items()}
         for name, case in cases.items():
-            if time.monotonic() - began > args.limit:
-                rows.append({"name": name, "left": True})
-                continue
-            functions = {key: future.result() for key, future in compiled[name].items()}
-            rows.append({"name": name, **case._asdict(), **_measure(functions, case, args.dry)})
+            row: dict[str, Any] = {"name": name, "left": True}
+            if time.monotonic() - began < args.limit:
+                functions = {key: future.result() for key, future in compiled[name].items()}
+                row = {"name": name, **case._asdict(), **_measure(functions, case, args.dry)}
+            rows.append(row)
             print(json.dumps(rows[-1]), flush=True)
             if args.out:
                 args.out.write_text(dump({"environment": environment(), "rows": rows}))
