@@ -325,7 +325,7 @@ def _forward(config: _Config, lhs: jax.Array, rhs: jax.Array, out_dtype: str) ->
     product = _product(leaves, out_dtype, transpose_rhs)
     if batch == 1:
         return product(rows[0], columns[0]).reshape(shape)
-    return _batched(leaves, out_dtype, transpose_rhs, rows, columns).reshape(shape)
+    return _products(leaves, out_dtype, transpose_rhs)(rows, columns).reshape(shape)
 
 
 def _local_plan(config: _Config, k: int) -> tuple[int, int]:
@@ -368,18 +368,35 @@ def _product(leaves: int, out_dtype: str, transpose_rhs: bool) -> Callable[[jax.
             return rows.reshape(size, x.shape[1], rows.shape[1]), True
         if not is_batched[0]:
             x = jnp.broadcast_to(x, (size, *x.shape))
-        return _batched(leaves, out_dtype, transpose_rhs, x, w), True
+        return _products(leaves, out_dtype, transpose_rhs)(x, w), True
 
     return product
 
 
-def _batched(leaves: int, out_dtype: str, transpose_rhs: bool, x: jax.Array, w: jax.Array) -> jax.Array:
-    """x [B, M, K] times w [B, K, N] or [B, N, K]."""
-    columns = 1 if transpose_rhs else 2
-    n = w.shape[columns]
-    if resolve_backend(None, x.dtype) != "reference":
-        w = _pad(w, columns, -(-n // _KERNEL_N) * _KERNEL_N)
-    return tree_matmul(x, w, leaves, out_dtype=out_dtype, transpose_rhs=transpose_rhs)[..., :n]
+@functools.cache
+def _products(
+    leaves: int, out_dtype: str, transpose_rhs: bool
+) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """x [B, M, K] times w [B, K, N] or [B, N, K]; `jax.vmap` makes B larger."""
+
+    @jax.custom_batching.custom_vmap
+    def products(x: jax.Array, w: jax.Array) -> jax.Array:
+        columns = 1 if transpose_rhs else 2
+        n = w.shape[columns]
+        if resolve_backend(None, x.dtype) != "reference":
+            w = _pad(w, columns, -(-n // _KERNEL_N) * _KERNEL_N)
+        return tree_matmul(x, w, leaves, out_dtype=out_dtype, transpose_rhs=transpose_rhs)[..., :n]
+
+    @products.def_vmap
+    def batched(size: int, is_batched: list[bool], x: jax.Array, w: jax.Array) -> tuple[jax.Array, bool]:
+        x, w = (
+            (operand if there else jnp.broadcast_to(operand, (size, *operand.shape)))
+            for operand, there in zip((x, w), is_batched, strict=True)
+        )
+        out = products(*(operand.reshape(-1, *operand.shape[2:]) for operand in (x, w)))
+        return out.reshape(size, -1, *out.shape[1:]), True
+
+    return products
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -114,24 +114,41 @@ def test_a_row_of_the_batch_stands_alone(problem: str) -> None:
     assert_rows_stand_alone(gradient, np.moveaxis(rows, where, 0), counts=(1, 8))
 
 
-@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize("mapped", [0, 1, 2])
 def test_products_with_batch_dimensions_are_one_kernel_on_a_gpu(
-    monkeypatch: pytest.MonkeyPatch, mapped: bool
+    monkeypatch: pytest.MonkeyPatch, mapped: int
 ) -> None:
     """Also of columns that the kernel takes only filled up to a multiple of 16, and of what `jax.vmap` makes."""
     for module in (contraction, api):
         monkeypatch.setattr(module, "resolve_backend", lambda *_: "mosaic_gpu")
     monkeypatch.setattr(mosaic_gpu, "_resident_clusters", lambda size: 132 // size)
     product = functools.partial(tbik_jax.dot_general, dimension_numbers=PROBLEMS["batched"][2])
-    if mapped:
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((3, 9, 128), (3, 5, 128))]
+    if mapped == 1:
         product = jax.vmap(
             functools.partial(tbik_jax.dot_general, dimension_numbers=(((1,), (1,)), ((), ())))
         )
-    shapes = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((3, 9, 128), (3, 5, 128))]
+    if mapped == 2:  # of products that are several already, also where an operand is the same for all
+        product = jax.vmap(product, in_axes=(0, None))
+        shapes[0] = jax.ShapeDtypeStruct((4, *shapes[0].shape), jnp.bfloat16)
     jax.clear_caches()  # of another backend
     text = jax.jit(lambda x, w: product(x, w)).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
     jax.clear_caches()
     assert text.count("mosaic_gpu_v2") == 1 and not re.search(r"stablehlo\.(while|dot)", text)
+
+
+@pytest.mark.parametrize("axes", [(0, 0), (1, None), (None, 2)])
+def test_vmap_of_products_with_batch_dimensions(axes: tuple[int | None, int | None]) -> None:
+    left, right, dims = PROBLEMS["batched"]
+    rng = np.random.default_rng(8)
+    x, w = (
+        normal(rng, shape if axis is None else np.insert(shape, axis, 2))
+        for shape, axis in zip((left, right), axes, strict=True)
+    )
+    out = jax.vmap(lambda x, w: tbik_jax.dot_general(x, w, dims), in_axes=axes)(x, w)
+    for i in range(2):
+        one = (a if axis is None else np.take(a, i, axis) for a, axis in zip((x, w), axes, strict=True))
+        assert_same_bits(out[i], tbik_jax.dot_general(*one, dims))
 
 
 def test_the_same_cut_finds_plain_dots_that_differ() -> None:
