@@ -73,6 +73,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
         found = manifest.get("format") if isinstance(manifest, dict) else manifest
         raise ValueError(f"{path / _MANIFEST} is of format {found!r}; this version reads format {_FORMAT}")
+    if damage := _damage(path, manifest):
+        raise IncompleteCheckpoint(f"{path / _MANIFEST} is damaged: {damage}")
     for name, saved in manifest["files"].items():
         file, size = path / name, saved["bytes"]
         if not file.is_file():
@@ -80,6 +82,28 @@ def read_manifest(path: Path) -> dict[str, Any]:
         if file.stat().st_size != size:
             raise IncompleteCheckpoint(f"{file} holds {file.stat().st_size} bytes and was saved with {size}")
     return manifest
+
+
+def _damage(path: Path, manifest: dict[str, Any]) -> str | None:
+    """What cannot be so of a manifest as it was saved, or None."""
+    for name in ("files", "model", "arrays", "groups"):
+        if not isinstance(manifest.get(name), dict):
+            return f"{name!r} is {manifest.get(name)!r}"
+    if (
+        not isinstance(manifest.get("step"), int)
+        or step_path(path.parent, manifest["step"]).name != path.name
+    ):
+        return f"its step is {manifest.get('step')!r}"
+    if missing := {"rng", "extra", "versions"} - manifest.keys():
+        return f"it lacks {', '.join(sorted(missing))}"
+    saved = manifest.pop("crc32", None)  # checkpoints of before it was written have none
+    if saved is not None and saved != _own_crc32(manifest):
+        return f"its CRC-32 is {_own_crc32(manifest)} and was {saved}"
+    return None
+
+
+def _own_crc32(manifest: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(manifest, sort_keys=True).encode())
 
 
 def check_contents(path: Path, manifest: dict[str, Any], groups: Container[str]) -> None:
@@ -138,7 +162,8 @@ def new_step(folder: Path, step: int) -> Iterator[tuple[Path, dict[str, Any]]]:
             path.relative_to(partial).as_posix(): {"bytes": path.stat().st_size, "crc32": crc32}
             for path, crc32 in zip(files, _crc32s(files), strict=True)
         }
-        text = json.dumps({"format": _FORMAT, "step": step, **manifest, "files": entries}, indent=1)
+        whole = json.loads(json.dumps({"format": _FORMAT, "step": step, **manifest, "files": entries}))
+        text = json.dumps({**whole, "crc32": _own_crc32(whole)}, indent=1)
         (partial / _MANIFEST).write_text(text + "\n", encoding="utf-8")
         flush(partial)
         _check_free(final, step)  # another process may have been faster

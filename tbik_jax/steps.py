@@ -35,6 +35,9 @@ from .sampling import SamplingArrays, sample
 
 NUMERICS = ("invariant", "plain", "batch_invariant")
 
+#: How all programs are compiled. XLA's CPU backend may else run two loops of a program at once, and a device that is in
+#: the one meets a device that is in the other in a collective.
+ORDERED_OPTIONS = {"xla_cpu_enable_concurrency_optimized_scheduler": False}
 #: How invariant programs are compiled. XLA may otherwise drop bfloat16 roundings inside fusions; where a loop over
 #: layers slices a stack of caches, it may hand a kernel that writes its cache in place two places instead of one; and
 #: it may choose by timing which of two code generators makes a kernel.
@@ -42,6 +45,7 @@ INVARIANT_OPTIONS = {
     "xla_allow_excess_precision": False,
     "xla_gpu_enable_dynamic_slice_fusion": False,
     "xla_gpu_experimental_enable_fusion_autotuner": False,
+    **ORDERED_OPTIONS,
 }
 
 
@@ -320,7 +324,7 @@ class Steps:
             check_vma=False,
         )
         invariant = isinstance(self._parallel.numerics, InvariantNumerics)
-        options = (INVARIANT_OPTIONS if invariant else {}) | more_options
+        options = (INVARIANT_OPTIONS if invariant else ORDERED_OPTIONS) | more_options
         return Program(jax.jit(mapped, donate_argnums=donate, compiler_options=options))
 
     def cache_shapes(self, batch: int, capacity: int) -> Cache:

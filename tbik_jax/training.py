@@ -32,7 +32,7 @@ from .pallas_kernels.common.rounding import div, mul
 from .pallas_kernels.common.tree import tree_join, tree_sum
 from .pallas_kernels.rope.api import rope_tables
 from .pallas_kernels.tree_matmul.plan import LEAF_MULTIPLE, LEAVES
-from .steps import INVARIANT_OPTIONS, NUMERICS, check_plans, fsdp_dimensions
+from .steps import INVARIANT_OPTIONS, NUMERICS, ORDERED_OPTIONS, check_plans, fsdp_dimensions
 from .training_checks import (
     check_aux,
     check_batch,
@@ -257,7 +257,7 @@ def _placed(batch: Any, mesh: Mesh) -> Any:
 
 @functools.lru_cache(maxsize=64)
 def _jitted(plan: _Plan) -> Any:
-    options = {} if plan.numerics == "plain" else INVARIANT_OPTIONS
+    options = ORDERED_OPTIONS if plan.numerics == "plain" else INVARIANT_OPTIONS
     return jax.jit(_mapped(plan), compiler_options=options)
 
 
@@ -379,7 +379,7 @@ def train_step(
             optimizer.update(model, gradients)
             return jax.tree.leaves(nnx.state((model, optimizer))), loss
 
-        options = {} if numerics == "plain" else INVARIANT_OPTIONS
+        options = ORDERED_OPTIONS if numerics == "plain" else INVARIANT_OPTIONS
         return jax.jit(run, donate_argnums=0, out_shardings=(list(shardings), None), compiler_options=options)
 
     def step(model: Qwen3, optimizer: nnx.Optimizer, batch: Any) -> Any:

@@ -253,6 +253,35 @@ def test_another_format_is_named(folder: Path) -> None:
         restore(folder, empty_state())
 
 
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda manifest: {**manifest, "extra": {"epoch": 4}}, "CRC-32 is .* and was"),
+        (lambda manifest: {**manifest, "step": 6}, "its step is 6"),
+        (lambda manifest: {**manifest, "files": {}}, "CRC-32 is"),
+        (lambda manifest: {**manifest, "files": []}, r"'files' is \[\]"),
+        *(
+            (lambda manifest, name=name: {key: manifest[key] for key in manifest if key != name}, name)
+            for name in ("files", "model", "arrays", "groups", "rng", "extra", "step", "versions")
+        ),
+    ],
+)
+def test_a_manifest_that_was_changed_is_damaged(
+    damage: Callable[[dict[str, Any]], dict[str, Any]], message: str, folder: Path
+) -> None:
+    """What it says of itself is compared, too; with the older checkpoint there, that one is taken."""
+    manifest = folder / "step_00000002" / "checkpoint.json"
+    whole = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps(whole))  # another layout is no damage
+    restore(folder, empty_state(), step=2)
+    manifest.write_text(json.dumps(damage(whole)))
+    with pytest.raises(ValueError, match=f"step 2 is not whole: .*damaged: .*{message}"):
+        restore(folder, empty_state(), step=2)
+    del whole["crc32"]  # as older versions wrote it
+    manifest.write_text(json.dumps(whole))
+    restore(folder, empty_state(), step=2)
+
+
 # --- saving ------------------------------------------------------------------------------------------------
 
 

@@ -45,6 +45,26 @@ def test_twenty_steps_are_the_same_bits_on_every_mesh(sizes):
     assert_same_bits(twenty_steps(**_options(sizes), **sizes), twenty_steps())
 
 
+@pytest.mark.parametrize("numerics", ["invariant", "plain"])
+def test_a_loss_of_two_arrays_of_tokens(numerics):
+    """Loops that are independent: on the CPU they once met in one another's collectives, and stopped."""
+
+    def preference(model, rows):
+        return model.logprobs(rows["other"]) - model.logprobs(rows["tokens"]), rows["weights"]
+
+    rows = batch(3) | {"other": batch(4)["tokens"]}
+    results = []
+    for sizes in ({}, {"data": 2, "tp": 2}, {"fsdp": 2, "tp": 4}):
+        mesh = tbik_jax.make_mesh(**sizes)
+        model = shard_model(small_model(), mesh)
+        gradient = value_and_grad(preference, mesh=mesh, numerics=numerics)
+        for _ in range(12 if sizes else 1):
+            results.append(
+                tbik_jax.fingerprint([np.asarray(x) for x in jax.tree.leaves(gradient(model, rows))])
+            )
+    assert len(set(results)) == (1 if numerics == "invariant" else 3)
+
+
 def _options(sizes):
     """Without remat programs are smaller; that it changes no bit is tested beside."""
     return {"remat": False} if sizes in MESHES[:-1] else {}
