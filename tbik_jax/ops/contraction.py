@@ -393,8 +393,9 @@ def _products(
             (operand if there else jnp.broadcast_to(operand, (size, *operand.shape)))
             for operand, there in zip((x, w), is_batched, strict=True)
         )
-        out = products(*(operand.reshape(-1, *operand.shape[2:]) for operand in (x, w)))
-        return out.reshape(size, -1, *out.shape[1:]), True
+        count = x.shape[1]
+        out = products(*(operand.reshape(size * count, *operand.shape[2:]) for operand in (x, w)))
+        return out.reshape(size, count, *out.shape[1:]), True
 
     return products
 

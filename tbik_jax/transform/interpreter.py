@@ -137,7 +137,12 @@ def _raise(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.A
 
 
 def _refuse_gradient_of_floats(x: Any) -> Any:
-    return _refuse_gradient(x) if jnp.issubdtype(jnp.result_type(x), jnp.inexact) else x
+    if not jnp.issubdtype(jnp.result_type(x), jnp.inexact):
+        return x
+    if isinstance(x, jax.core.Tracer):
+        # The result of an op: in `jax.jit` no NumPy array that `jax.vmap` maps goes through a custom derivative.
+        x = lax.squeeze(lax.expand_dims(x, (0,)), (0,))
+    return _refuse_gradient(x)
 
 
 class _Walk:

@@ -137,6 +137,12 @@ def test_products_with_batch_dimensions_are_one_kernel_on_a_gpu(
     assert text.count("mosaic_gpu_v2") == 1 and not re.search(r"stablehlo\.(while|dot)", text)
 
 
+def test_vmap_of_no_products() -> None:
+    left, right, dims = PROBLEMS["batched"]
+    mapped = jax.vmap(functools.partial(tbik_jax.dot_general, dimension_numbers=dims))
+    assert mapped(np.zeros((0, *left), F32), np.zeros((0, *right), F32)).shape == (0, 3, 9, 5)
+
+
 @pytest.mark.parametrize("axes", [(0, 0), (1, None), (None, 2)])
 def test_vmap_of_products_with_batch_dimensions(axes: tuple[int | None, int | None]) -> None:
     left, right, dims = PROBLEMS["batched"]

@@ -111,6 +111,12 @@ def test_a_gradient_of_invariant_is_refused_whatever_is_in_it(function: Callable
     np.testing.assert_array_equal(jax.grad(lambda x: x[first(x)] * 2)(x).sum(), 2)
 
 
+@pytest.mark.parametrize("constant", [np.asarray([1.0, -2.0]), np.asarray([1.0, -2.0], np.float32)])
+def test_a_numpy_array_may_be_mapped_inside_jit(constant: np.ndarray) -> None:
+    mapped = jax.jit(lambda: jax.vmap(tbik_jax.invariant(lambda x: -x * 2))(constant))
+    np.testing.assert_array_equal(mapped(), -constant * 2)
+
+
 def recurrent(x: jax.Array) -> jax.Array:
     return lax.scan(lambda h, row: (jnp.sin(h + row), h.sum()), jnp.zeros(x.shape[1]), x)[1]
 
