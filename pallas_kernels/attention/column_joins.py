@@ -156,6 +156,9 @@ def join_in_cluster(
     )
     wait()
     joined = join(rounds - 1, joined)
+    if not problem.interpret:
+        # No CTA may end while another one reads its memory. Behind the stores the barrier would wait for them too.
+        ops.cluster_arrive()
     for i, (partial, values) in enumerate(joined):
         unit = part + i * parts
 
@@ -164,5 +167,4 @@ def join_in_cluster(
 
         pl.when(unit < units)(store)
     if not problem.interpret:
-        ops.cluster_arrive()  # no CTA may end while another one reads its memory
         ops.cluster_wait()

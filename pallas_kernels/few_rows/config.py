@@ -16,9 +16,11 @@ TILE_M = 64  # rows that the tensor cores multiply at least
 SUBTREE_COLUMNS = 64  # of a tile of w [K, N]: likewise
 _LINE = 2 * TILE_K  # bytes of a box's row
 _ALIGNMENT = 1024
-_MOST_STAGES = 24
+#: Of a ring, whichever is more: a deeper one is slower, as x waits for it and each barrier takes its time to set up.
+_MOST_STAGES, _ENOUGH_BYTES = 6, 96 * 1024
+_LEAST_STAGES = 4  # fewer large ones run dry
 _HEAD = 3  # stages, of 16 or 24 KiB, which keep the memory busy until x has been asked for
-_STAGE_ROWS = 192  # of boxes in a stage: 24 KiB
+_STAGE_ROWS = 256  # of boxes in a stage: 32 KiB
 _MOST_COLUMNS = 96  # of a tile
 _LEAST_CTAS = 64  # which read as fast as all 132
 #: Gated columns that all CTAs take in a tile each; several tiles a CTA have been compared on a GPU for others alone.
@@ -72,15 +74,20 @@ class FewRowsConfig:
         return sum(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes) + 16 * self.stages + 64
 
     def deepest(self, k: int, leaf: int, *, gated: bool) -> "FewRowsConfig | None":
-        """With boxes that divide the leaf, and as many stages as fit; None where fewer than two do."""
-        rows = self.box_rows(gated=gated)
-        fitting = (b for b in (8, 4, 2) if leaf % (b * TILE_K) == 0 and b * rows <= _STAGE_ROWS)
-        boxes = next(fitting, 1)
-        for stages in range(_MOST_STAGES, 1, -1):
-            found = dataclasses.replace(self, boxes=boxes, stages=stages)
-            if found.smem_bytes(k, gated=gated) <= SMEM_BYTES:
-                return found
-        return None
+        """With boxes that divide the leaf, and as many stages as fit and help; None where fewer than two fit."""
+        rows, found = self.box_rows(gated=gated), None
+        for boxes in (4, 2, 1):
+            if leaf % (boxes * TILE_K) or (boxes > 1 and boxes * rows > _STAGE_ROWS):
+                continue
+            enough = max(_MOST_STAGES, -(-_ENOUGH_BYTES // (_LINE * boxes * rows)))
+            for stages in range(enough, 1, -1):
+                tried = dataclasses.replace(self, boxes=boxes, stages=stages)
+                if tried.smem_bytes(k, gated=gated) <= SMEM_BYTES:
+                    found = tried
+                    break
+            if found is not None and found.stages >= _LEAST_STAGES:
+                break
+        return found
 
 
 def size_refusal(m: int, k: int, *, normalised: bool) -> str | None:

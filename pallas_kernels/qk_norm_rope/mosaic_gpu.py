@@ -18,6 +18,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ..common import mosaic_rows as rows
 
+_GATHERED_TOKENS = 128  # up to which XLA gathers their rows of the tables
+
 
 @dataclasses.dataclass(frozen=True)
 class _Problem:
@@ -27,6 +29,7 @@ class _Problem:
     )
     interpret: bool
     ctas: int = 1  # of a token, which share its KV heads
+    gathered: bool = False  # the tables have a row a token, not a position
 
 
 def qk_norm_rope_mosaic_gpu(
@@ -59,7 +62,12 @@ def qk_norm_rope_mosaic_gpu(
         apart = heads_apart(b * t, kv_heads, group - 2)
     ctas = kv_heads if apart else 1
     by_kv_head = rows.heads_at_once(kv_heads // ctas, h // 2) >= rows.heads_at_once(group - 2, h // 2)
-    problem = _Problem(eps, by_kv_head, interpret, ctas)
+    gathered = b * t <= _GATHERED_TOKENS
+    if gathered:
+        # A kernel reads the position first and then the row. This is once a step, for all layers: the same gather.
+        at = positions.reshape(-1)
+        cos, sin = (jnp.take(table, at, axis=0, mode="clip") for table in (cos, sin))
+    problem = _Problem(eps, by_kv_head, interpret, ctas, gathered)
     return _run(qkv, q_scale, k_scale, cos, sin, positions, lengths, k_cache, v_cache, problem)
 
 
@@ -149,7 +157,7 @@ def _kernel(
     loaded = [_load(qkv_ref.at[at], layout=q_layout) for at in q_heads]
 
     position, length = positions_ref[b, i], lengths_ref[b]
-    row = jnp.clip(position, 0, cos_ref.shape[0] - 1)
+    row = token if problem.gathered else jnp.clip(position, 0, cos_ref.shape[0] - 1)
 
     def rotate(x: list[jax.Array], scale_ref: rows.Ref, layout: Any) -> list[jax.Array]:
         vectors = [
