@@ -57,6 +57,11 @@ OVERLAPPED_TOKENS = 2048
 OVERLAP_OPTIONS = {"xla_gpu_use_memcpy_local_p2p": True}
 
 
+#: Decoding steps behind which the host learns whether any row goes on, and the room from which on they are so many:
+#: the GPU waits while it asks. Where all have ended or the limit is reached the last of them are run for nothing.
+STEPS_A_LOOK, _LEAST_ROOM = 4, 64
+
+
 class Decoded(NamedTuple):
     """Result of the decode loop.
 
@@ -395,7 +400,17 @@ class Steps:
             active = active & good & ~jnp.any(token[:, None] == eos_ids, axis=1)
             return cache, DecodeState(step + 1, token, position + 1, active, out)
 
-        return lax.while_loop(running, body, (cache, state))
+        def limited(_: jax.Array, carry: tuple[Cache, DecodeState]) -> tuple[Cache, DecodeState]:
+            """Past the limit a step changes nothing: the cache gets what the next step will write there."""
+            cache, new = body(carry)
+            goes_on = carry[1].step < limit
+            return cache, jax.tree.map(lambda new, old: jnp.where(goes_on, new, old), new, carry[1])
+
+        def several(carry: tuple[Cache, DecodeState]) -> tuple[Cache, DecodeState]:
+            return lax.fori_loop(0, STEPS_A_LOOK, limited, carry)
+
+        asks_often = state.out.tokens.shape[1] < _LEAST_ROOM
+        return lax.while_loop(running, body if asks_often else several, (cache, state))
 
     def _score(
         self,

@@ -314,6 +314,27 @@ def test_streamed_tokens_are_the_result(model, expected, eos):
     assert max(len(each) for each in parts.values()) > 1  # it came in parts
 
 
+@pytest.mark.parametrize(("new", "ends"), [(6, False), (8, True), (1, False)])
+def test_steps_behind_the_last_change_nothing(model, expected, monkeypatch, new, ends):
+    """Where the host asks behind several steps only, some are run past the limit, or after all rows have ended."""
+    from tbik_jax import steps
+
+    arguments = {"mesh": make_mesh(data=2, tp=2), "max_new_tokens": new, "sampling": SAMPLING}
+    if ends:  # the first row at its third token
+        arguments |= {"eos_id": sorted({int(tokens[2]) for tokens in expected.tokens})}
+    often = generate(model, PROMPTS, **arguments)
+    steps._steps.cache_clear()
+    monkeypatch.setattr(steps, "_LEAST_ROOM", 1)
+    seldom = generate(model, PROMPTS, **arguments)
+    parts = [[] for _ in PROMPTS]
+    streamed = generate(model, PROMPTS, on_tokens=lambda i, t, p: parts[i].extend(t), **arguments)
+    steps._steps.cache_clear()
+    for out in (seldom, streamed):
+        assert_same_bits((out.tokens, out.logprobs), (often.tokens, often.logprobs))
+    assert [list(map(int, part)) for part in parts] == [tokens.tolist() for tokens in often.tokens]
+    assert ends == any(len(tokens) < new for tokens in often.tokens)
+
+
 def test_what_the_callback_raises_ends_the_generation(model):
     seen = []
 

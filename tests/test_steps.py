@@ -35,6 +35,23 @@ def _programs(numerics: str, **sizes: int) -> dict[str, str]:
     return {name: each.compile().as_text() for name, each in lowered.items()}
 
 
+def _decode_text(room: int) -> str:
+    mesh = resolve_mesh(make_mesh())
+    engine = Engine.create(small_model(), mesh, "invariant")
+    batch = Padded.of([np.asarray(p, np.int32) for p in prompts((5, 3))], mesh)
+    run = Run(engine, batch, 128, CONFIG)
+    sampling = run._put(sampling_arrays([SamplingParams()] * batch.size, CONFIG.vocab_size))
+    state = DecodeState.start(batch.last(), batch.lengths, room)
+    arguments = (engine.parameters, run._shapes, state, np.int32(4), sampling, np.asarray([-1], np.int32))
+    return engine.steps.decode[False].lower(*arguments, run._tables).as_text()
+
+
+def test_the_host_asks_behind_several_steps_where_there_are_many():
+    """XLA on a GPU asks the host before each turn of a loop whose number of turns it does not know."""
+    few, many = (_decode_text(room).count("stablehlo.while") for room in (48, 64))
+    assert many == few + 1
+
+
 def test_the_check_knows_every_form():
     lines = (
         "%a = f32[2]{0} all-reduce(%x), to_apply=%sum",

@@ -17,7 +17,8 @@ SUBTREE_COLUMNS = 64  # of a tile of w [K, N]: likewise
 _LINE = 2 * TILE_K  # bytes of a box's row
 _ALIGNMENT = 1024
 #: Of a ring, whichever is more: a deeper one is slower, as x waits for it and each barrier takes its time to set up.
-_MOST_STAGES, _ENOUGH_BYTES = 6, 96 * 1024
+_USUAL_STAGES, _ENOUGH_BYTES = 6, 96 * 1024
+_MOST_STAGES = 24  # Mosaic makes up to 32 barriers of a kind
 _LEAST_STAGES = 4  # fewer large ones run dry
 _HEAD = 3  # stages, of 16 or 24 KiB, which keep the memory busy until x has been asked for
 _STAGE_ROWS = 256  # of boxes in a stage: 32 KiB
@@ -79,7 +80,7 @@ class FewRowsConfig:
         for boxes in (4, 2, 1):
             if leaf % (boxes * TILE_K) or (boxes > 1 and boxes * rows > _STAGE_ROWS):
                 continue
-            enough = max(_MOST_STAGES, -(-_ENOUGH_BYTES // (_LINE * boxes * rows)))
+            enough = min(_MOST_STAGES, max(_USUAL_STAGES, -(-_ENOUGH_BYTES // (_LINE * boxes * rows))))
             for stages in range(enough, 1, -1):
                 tried = dataclasses.replace(self, boxes=boxes, stages=stages)
                 if tried.smem_bytes(k, gated=gated) <= SMEM_BYTES:

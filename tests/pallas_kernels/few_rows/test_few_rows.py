@@ -242,6 +242,15 @@ def test_the_chosen_tilings_fit_and_lower_for_hopper(monkeypatch, size, m):
         assert text.count("@mosaic_gpu_v2") == 1
 
 
+@pytest.mark.parametrize(("m", "n", "d"), [(3, 208, 640), (1, 16, 128), (8, 4832, 2560)])
+def test_narrow_products_lower_for_hopper(monkeypatch, m, n, d):
+    """Their stages are small, and many of them would need more barriers than Mosaic makes."""
+    monkeypatch.setattr(backend, "device_backend", lambda device: "mosaic_gpu")
+    x, w, scale = (jax.ShapeDtypeStruct(s, BF16) for s in ((m, d), (n, d), (d,)))
+    norm = functools.partial(norm_matmul, eps=EPS, backend="mosaic_gpu")
+    assert lowered(norm, x, x, scale, w).count("@mosaic_gpu_v2") == 1
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
