@@ -147,11 +147,14 @@ def new_step(folder: Path, step: int) -> Iterator[tuple[Path, dict[str, Any]]]:
         left.
 
     Raises:
-        ValueError: the step is there already.
+        ValueError: the step is there already, or the folder cannot be made.
     """
     final = step_path(folder, step)
     _check_free(final, step)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ValueError(f"{error.filename or folder} is not a folder; checkpoints need one") from None
     partial = folder / f".{final.name}.partial-{uuid.uuid4().hex[:8]}"
     partial.mkdir()
     try:

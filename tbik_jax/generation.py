@@ -253,12 +253,14 @@ def _sampling_rows(
 ) -> list[SamplingParams]:
     if sampling is None:
         sampling = SamplingParams()
-    rows = [sampling] * count if isinstance(sampling, SamplingParams) else list(sampling)
-    if len(rows) != count or not all(isinstance(row, SamplingParams) for row in rows):
+    rows = [sampling] * count if isinstance(sampling, SamplingParams) else sampling
+    if not isinstance(rows, Sequence) or not all(isinstance(row, SamplingParams) for row in rows):
+        raise ValueError(f"sampling must be a SamplingParams, or one for each prompt, not {sampling!r}")
+    if len(rows) != count:
         raise ValueError(
             f"sampling must be a SamplingParams, or one for each of the {count} prompts; got {len(rows)}"
         )
-    return rows
+    return list(rows)
 
 
 def _whole(name: str, value: int) -> int:

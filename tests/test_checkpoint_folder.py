@@ -358,3 +358,12 @@ def test_more_processes_are_refused(tmp_path: Path, state: State, monkeypatch: p
         save_checkpoint(tmp_path, 0, model=state[0])
     with pytest.raises(ValueError, match="JAX runs in 2 processes"):
         restore_checkpoint(tmp_path, model=state[0])
+
+
+@pytest.mark.parametrize("below", [(), ("run",)])
+def test_a_file_in_the_place_of_the_folder_is_left_alone(tmp_path, below):
+    file = tmp_path / "notes"
+    file.write_text("mine")
+    with pytest.raises(ValueError, match=r"notes.* is not a folder; checkpoints need one"):
+        new_step(file.joinpath(*below), 2).__enter__()
+    assert file.read_text() == "mine"

@@ -33,6 +33,8 @@ BAD_CALLS = {
     "half a token": ({"max_new_tokens": 1.5}, "max_new_tokens=1.5"),
     "chunk": ({"prefill_chunk": 0}, "prefill_chunk=0"),
     "callback": ({"on_tokens": "print"}, "on_tokens='print' must be callable"),
+    "sampling": ({"sampling": 3}, "one for each prompt, not 3"),
+    "sampling rows": ({"sampling": [None]}, "one for each prompt, not [None]"),
     "sampling count": ({"sampling": [SamplingParams()] * 2}, "one for each of the 1 prompts"),
     "eos": ({"eos_id": 128}, "eos_id=128 is no token id"),
     "numerics": (

@@ -7,9 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-#: Fields whose other values this model does not implement: name -> values that mean "off".
-_MUST_BE_OFF: dict[str, tuple[Any, ...]] = {
+#: Fields whose other values this model does not implement.
+_IMPLEMENTED: dict[str, tuple[Any, ...]] = {
+    "is_causal": (True, None),
+    "use_qk_norm": (True, None),
     "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "attn_logit_softcapping": (None,),
+    "final_logit_softcapping": (None,),
+    "partial_rotary_factor": (1, None),
     "use_sliding_window": (False, None),
     "attention_dropout": (0, 0.0, None),
     "rope_scaling": (None,),
@@ -67,8 +73,10 @@ class Qwen3Config:
         if not isinstance(self.tie_word_embeddings, bool):
             raise ValueError(f"tie_word_embeddings={self.tie_word_embeddings!r} must be true or false")
         for token in self.eos_token_id:
-            if not _is_whole(token):
-                raise ValueError(f"eos_token_id={token!r} must be a whole number")
+            if not _is_whole(token) or not 0 <= token < self.vocab_size:
+                raise ValueError(
+                    f"eos_token_id={token!r} must be a whole number below vocab_size={self.vocab_size}"
+                )
 
     @property
     def queries_per_kv(self) -> int:
@@ -91,25 +99,37 @@ class Qwen3Config:
         rope = raw.get("rope_parameters") or {}
         if not isinstance(rope, dict):
             raise ValueError(f"config field rope_parameters={rope!r} must be an object")
+        if any(isinstance(value, dict) for value in rope.values()):
+            raise ValueError(
+                "config field rope_parameters has an object for each kind of layer, which is not implemented; give "
+                "one for all"
+            )
         rope_type = rope.get("rope_type", rope.get("type", "default"))  # "type" is the old name
         if rope_type != "default":
             raise ValueError(f"rope_type={rope_type!r} is not implemented; only 'default' is")
-        for name, off in _MUST_BE_OFF.items():
-            if raw.get(name) not in off:
-                raise ValueError(f"config field {name}={raw[name]!r} is not implemented; it must be {off[0]}")
-        if any(kind != "full_attention" for kind in raw.get("layer_types") or ()):
-            raise ValueError("config field layer_types names a layer that is not 'full_attention'")
+        for name, values in _IMPLEMENTED.items():
+            value = rope.get(name, raw.get(name)) if name == "partial_rotary_factor" else raw.get(name)
+            if value not in values:
+                raise ValueError(f"config field {name}={value!r} is not implemented; it must be {values[0]}")
+        kinds = raw.get("layer_types") or []
+        if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
+            raise ValueError(f"config field layer_types={kinds!r} must be a list of 'full_attention' alone")
+        architectures = raw.get("architectures") or ["Qwen3ForCausalLM"]
+        if architectures != ["Qwen3ForCausalLM"]:
+            raise ValueError(
+                f"config field architectures={architectures!r} is not implemented; it must be ['Qwen3ForCausalLM']"
+            )
         # transformers 5 nests rope_theta; a default here would be a silently wrong model
         raw = {**raw, "rope_theta": rope.get("rope_theta", raw.get("rope_theta"))}
-        values: dict[str, Any] = {}
+        found: dict[str, Any] = {}
         for field in dataclasses.fields(cls):
             if field.name in raw and raw[field.name] is not None:
-                values[field.name] = raw[field.name]
+                found[field.name] = raw[field.name]
             elif field.default is dataclasses.MISSING:
                 raise ValueError(f"config.json lacks the field {field.name}")
-        eos = values.get("eos_token_id", [])
-        values["eos_token_id"] = tuple(eos) if isinstance(eos, list) else (eos,)
-        return cls(**values)
+        eos = found.get("eos_token_id", [])
+        found["eos_token_id"] = tuple(eos) if isinstance(eos, list) else (eos,)
+        return cls(**found)
 
     def to_dict(self, *, dtype: str) -> dict[str, Any]:
         """The dictionary for a `config.json` in the style of the published files (`rope_theta`).
