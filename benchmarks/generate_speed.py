@@ -10,7 +10,7 @@ turns, median of the repeats:
   call costs besides, some 2 ms in which the GPU waits, is shared out over them;
 * prefill: a pass over prompts of `--prompt` tokens, into an empty cache, from several behind one another;
 * kernels: the kernels of a step or a pass by name, from CUPTI, and what is left of its time without any. Decode's are
-  of four steps in the middle of the run, whose positions are its mean; what is left includes the call's share.
+  of eight steps in the middle of the run, whose positions are its mean; what is left includes the call's share.
 
 Beside it the bandwidth of a large copy, and how much of it decoding's reading of weights and cache comes to.
 `--dry` runs a tiny model on the CPU.
@@ -110,7 +110,12 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     parser.add_argument("--pause", action="store_true", help="compile, and wait for Enter before measuring")
     parser.add_argument("--dry", action="store_true", help="a tiny model, for a try on the CPU")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if arguments.steps >= 64 and arguments.steps % Decode._counted:
+        parser.error(
+            f"--steps {arguments.steps} is no multiple of {Decode._counted}: some would be run for nothing"
+        )
+    return arguments
 
 
 def sharded_model(name: str, mesh: Mesh, layers: int | None = None) -> Qwen3:
@@ -225,7 +230,7 @@ class Decode(_Task):
     """Steps of the decode loop, which every time begin after `--context` positions."""
 
     what = "decode"
-    _counted = 4
+    _counted = 8  # as many as the host looks behind at most
 
     def _prepare(self, engine: Engine) -> Run:
         rows, room = self._rows(self._args.context), max(self._args.steps, self._counted)

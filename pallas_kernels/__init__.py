@@ -10,6 +10,8 @@ from .attention.backward import attention_backward, attention_with_lse
 from .common.tree import tree_join, tree_sum
 from .embedding.api import embedding
 from .few_rows.api import matmul_subtrees, norm_matmul
+from .few_rows.boards import Boards
+from .few_rows.rest import LayerRest, rest_of_layer
 from .gated_matmul.api import gated_matmul
 from .join_subtrees.api import join_subtrees
 from .log_softmax.api import exp_sum, leaf_statistics, log_softmax
@@ -24,7 +26,9 @@ from .tree_matmul.plan import ContractionPlan, plan_contraction
 
 __all__ = [
     "AttentionPlan",
+    "Boards",
     "ContractionPlan",
+    "LayerRest",
     "add_rms_norm",
     "attention",
     "attention_backward",
@@ -40,6 +44,7 @@ __all__ = [
     "plan_contraction",
     "qk_norm_rope",
     "residual_add",
+    "rest_of_layer",
     "rms_norm",
     "rope",
     "rope_tables",

@@ -29,6 +29,7 @@ from .mesh import BATCH_AXES
 from .models.qwen3 import Qwen3, Qwen3Config
 from .models.qwen3.modules import Batch, Cache, cache_shapes, cache_spec
 from .pallas_kernels.common.backend import device_backend
+from .pallas_kernels.few_rows.rest import runs_all_ctas
 from .pallas_kernels.tree_matmul.plan import LEAVES, plan_contraction
 from .program import Program
 from .sampling import SamplingArrays, sample
@@ -57,9 +58,9 @@ OVERLAPPED_TOKENS = 2048
 OVERLAP_OPTIONS = {"xla_gpu_use_memcpy_local_p2p": True}
 
 
-#: Decoding steps behind which the host learns whether any row goes on, and the room from which on they are so many:
-#: the GPU waits while it asks. Where all have ended or the limit is reached the last of them are run for nothing.
-STEPS_A_LOOK, _LEAST_ROOM = 4, 64
+_LEAST_ROOM = 64  # tokens from which on the host looks behind several steps only
+#: Bytes of weights on a device up to which it looks behind so many steps: the larger, the longer a step takes.
+_STEPS_A_LOOK = ((4 << 30, 8), (24 << 30, 4), (math.inf, 2))
 
 
 class Decoded(NamedTuple):
@@ -110,6 +111,19 @@ class DecodeState(NamedTuple):
         """
         position = np.maximum(lengths - 1, 0).astype(np.int32)
         return cls(np.int32(0), last, position, lengths > 0, Decoded.empty(len(last), steps))
+
+
+def steps_a_look(weights: int, room: int) -> int:
+    """Decoding steps behind which the host learns whether any row goes on.
+
+    The GPU waits while it asks, some 0.17 ms. Where all rows have ended or the limit is reached, the last steps are run
+    for nothing: of those that take long there are few.
+
+    Args:
+        weights: bytes on a device.
+        room: for so many tokens.
+    """
+    return 1 if room < _LEAST_ROOM else next(steps for most, steps in _STEPS_A_LOOK if weights <= most)
 
 
 def make_numerics(name: str, mesh: Mesh) -> Numerics:
@@ -237,12 +251,14 @@ def _parallel_in_turns(parallel: Parallel, mesh: Mesh, scan_layers: bool) -> Par
     return ParallelInTurns(numerics=numerics)
 
 
-def _parallel_of_few_rows(parallel: Parallel) -> Parallel:
+def _parallel_of_few_rows(parallel: Parallel, mesh: Mesh) -> Parallel:
     """With what a decoding step runs: the same ops, fused where the batch is small."""
     numerics = parallel.numerics
     if type(numerics) is not InvariantNumerics:  # not those derived from it, which add up otherwise
         return parallel
-    return ParallelOfFewRows(numerics=numerics, fsdp_dims=parallel.fsdp_dims)
+    return ParallelOfFewRows(
+        numerics=numerics, fsdp_dims=parallel.fsdp_dims, whole_gpu=all(map(runs_all_ctas, mesh.devices.flat))
+    )
 
 
 @functools.lru_cache(maxsize=64)
@@ -268,7 +284,7 @@ class Steps:
         self._graphdef, self._treedef, self._specs = graphdef, treedef, specs
         self.config, self._dtype, self.mesh, self._parallel = config, dtype, mesh, parallel
         self.scan_layers = scan_layers
-        self._few_rows = _parallel_of_few_rows(parallel)
+        self._few_rows = _parallel_of_few_rows(parallel, mesh)
         self._in_turns = _parallel_in_turns(parallel, mesh, scan_layers) if overlap_prefill else None
         caches = cache_spec(config, stacked=self.scan_layers)
         rows: Any = P(BATCH_AXES)  # specs stand where arrays will
@@ -407,10 +423,11 @@ class Steps:
             return cache, jax.tree.map(lambda new, old: jnp.where(goes_on, new, old), new, carry[1])
 
         def several(carry: tuple[Cache, DecodeState]) -> tuple[Cache, DecodeState]:
-            return lax.fori_loop(0, STEPS_A_LOOK, limited, carry)
+            return lax.fori_loop(0, a_look, limited, carry)
 
-        asks_often = state.out.tokens.shape[1] < _LEAST_ROOM
-        return lax.while_loop(running, body if asks_often else several, (cache, state))
+        weights = sum(each.size * each.dtype.itemsize for each in parameters)
+        a_look = steps_a_look(weights, state.out.tokens.shape[1])
+        return lax.while_loop(running, body if a_look == 1 else several, (cache, state))
 
     def _score(
         self,

@@ -52,6 +52,14 @@ def test_the_host_asks_behind_several_steps_where_there_are_many():
     assert many == few + 1
 
 
+@pytest.mark.parametrize(
+    ("gigabytes", "room", "expected"),
+    [(3.4, 64, 8), (16.4, 512, 4), (65.5, 4096, 2), (65.5, 63, 1), (0.001, 48, 1)],
+)
+def test_the_longer_a_step_takes_the_fewer_are_run_for_nothing(gigabytes, room, expected):
+    assert steps.steps_a_look(int(gigabytes * 1e9), room) == expected
+
+
 def test_the_check_knows_every_form():
     lines = (
         "%a = f32[2]{0} all-reduce(%x), to_apply=%sum",

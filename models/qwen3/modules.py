@@ -14,7 +14,7 @@ from flax import nnx
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ...layers.base import Parallel, Stream, Turns
+from ...layers.base import LayerRest, Parallel, Stream, Turns
 from ...layers.turns import ParallelInTurns, alone, alternate
 from .config import Qwen3Config
 from .sharding import CACHE_SPEC
@@ -77,7 +77,7 @@ class RmsNorm(nnx.Module):
 
     def column_parallel(
         self, stream: Stream, w: jax.Array, parallel: Parallel, *, gated: bool = False
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> tuple[Stream, jax.Array]:
         """The residual stream, and the product of it, normalised, and a column-parallel weight [N/tp, D]."""
         return parallel.norm_column_parallel(stream, self.scale(parallel), w, eps=self.eps, gated=gated)
 
@@ -102,18 +102,18 @@ class Attention(nnx.Module):
 
     def queries(
         self, stream: Stream, norm: RmsNorm, batch: Batch, cache: LayerCache | None, parallel: Parallel
-    ) -> tuple[jax.Array, jax.Array, LayerCache]:
-        """The residual stream x [B, T, D], queries [B, T, N, H] of its norm, and the cache with keys and values.
+    ) -> tuple[Stream, jax.Array, LayerCache]:
+        """The residual stream, queries [B, T, N, H] of its norm, and the cache with keys and values.
 
         Without a cache the keys are those of the batch, from position 0 on.
         """
         ops = parallel.numerics
         weight = parallel.weight("qkv_weight_kghd", self.qkv_weight_kghd[...])
         kv_heads, g, h, d = weight.shape
-        x, qkv = norm.column_parallel(stream, weight.reshape(kv_heads * g * h, d), parallel)
-        qkv = qkv.reshape(*x.shape[:2], kv_heads, g, h)
+        stream, qkv = norm.column_parallel(stream, weight.reshape(kv_heads * g * h, d), parallel)
+        qkv = qkv.reshape(*qkv.shape[:2], kv_heads, g, h)
         if cache is None:
-            cache = LayerCache(*(jnp.zeros((*x.shape[:2], kv_heads, h), x.dtype) for _ in range(2)))
+            cache = LayerCache(*(jnp.zeros((*qkv.shape[:2], kv_heads, h), qkv.dtype) for _ in range(2)))
         q, k, v = ops.qk_norm_rope_cache(
             qkv,
             self.q_norm.scale(parallel),
@@ -126,7 +126,7 @@ class Attention(nnx.Module):
             cache.v,
             eps=self.q_norm.eps,
         )
-        return x, q, LayerCache(k, v)
+        return stream, q, LayerCache(k, v)
 
     def attend(self, q: jax.Array, batch: Batch, cache: LayerCache, parallel: Parallel) -> jax.Array:
         """What the queries [B, T, N, H] find in the cache, [B, T, N * H]."""
@@ -146,11 +146,14 @@ class Mlp(nnx.Module):
         self.gate_up_weight_cfd = _normal(rngs, (2, f, d), d, dtype)
         self.down_weight_fd = _normal(rngs, (f, d), f, dtype)
 
-    def hidden(self, stream: Stream, norm: RmsNorm, parallel: Parallel) -> tuple[jax.Array, jax.Array]:
-        """The residual stream x [B, T, D], and SwiGLU [B, T, F] of its norm."""
+    def hidden(self, stream: Stream, norm: RmsNorm, parallel: Parallel) -> tuple[Stream, jax.Array]:
+        """The residual stream, and SwiGLU [B, T, F] of its norm."""
+        return norm.column_parallel(stream, self.gate_up_weight(parallel), parallel, gated=True)
+
+    def gate_up_weight(self, parallel: Parallel) -> jax.Array:
+        """[2F, D], gates first."""
         weight = parallel.weight("gate_up_weight_cfd", self.gate_up_weight_cfd[...])
-        _, f, d = weight.shape
-        return norm.column_parallel(stream, weight.reshape(2 * f, d), parallel, gated=True)
+        return weight.reshape(-1, weight.shape[-1])
 
     def down_weight(self, parallel: Parallel) -> jax.Array:
         """[F, D]."""
@@ -185,22 +188,39 @@ class Layer(nnx.Module):
 
         Attention is a turn of its own behind the cache's, and each sum over tp ends one and takes one.
         """
-        x, q = self.write(stream, batch, cache, parallel)
+        stream, q = self.write(stream, batch, cache, parallel)
         q = yield q, q
         assert cache[0] is not None
         heads = self.attention.attend(q, batch, cache[0], parallel)
         heads = yield heads, heads
+        later = parallel.put_off(stream, lambda: self._rest(heads, parallel))
+        if later is not None:
+            return later
         attended = yield from parallel.row_parallel(heads, self.attention.out_weight(parallel))
-        x, hidden = self.mlp.hidden(Stream(x, attended), self.post_attention_norm, parallel)
+        stream, hidden = self.mlp.hidden(
+            stream._replace(pending=attended), self.post_attention_norm, parallel
+        )
         hidden = yield hidden, hidden
-        return Stream(x, (yield from parallel.row_parallel(hidden, self.mlp.down_weight(parallel))))
+        added = yield from parallel.row_parallel(hidden, self.mlp.down_weight(parallel))
+        return stream._replace(pending=added)
+
+    def _rest(self, heads: jax.Array, parallel: Parallel) -> LayerRest:
+        """What is left to be done behind attention."""
+        return LayerRest(
+            heads,
+            self.attention.out_weight(parallel),
+            self.post_attention_norm.scale(parallel),
+            self.mlp.gate_up_weight(parallel),
+            self.mlp.down_weight(parallel),
+            self.post_attention_norm.eps,
+        )
 
     def write(
         self, stream: Stream, batch: Batch, cache: list[LayerCache | None], parallel: Parallel
-    ) -> tuple[jax.Array, jax.Array]:
-        """Puts keys and values into the cache; returns the residual stream [B, T, D] and queries [B, T, N, H]."""
-        x, q, cache[0] = self.attention.queries(stream, self.input_norm, batch, cache[0], parallel)
-        return x, q
+    ) -> tuple[Stream, jax.Array]:
+        """Puts keys and values into the cache; returns the residual stream and queries [B, T, N, H]."""
+        stream, q, cache[0] = self.attention.queries(stream, self.input_norm, batch, cache[0], parallel)
+        return stream, q
 
 
 class Qwen3(nnx.Module):

@@ -23,8 +23,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from ..common import mosaic_rows as rows
 from ..tree_matmul.config import RESIDENT_CLUSTERS
 from .config import FewRowsConfig
-from .problem import Product
-from .stages import multiply, prepare, stream
+from .problem import Launch, Product
+from .stages import multiply, prepare, store_to, stream
 
 _INTERPRETED_CTAS = 2  # the threads of more could wait for each other forever: see `tree_matmul.mosaic_gpu`
 
@@ -103,14 +103,14 @@ def _ctas(interpret: bool) -> int:
 
 @functools.partial(jax.jit, static_argnums=3)
 def _run(terms: list[jax.Array], scales: list[jax.Array], w: jax.Array, product: Product) -> list[jax.Array]:
-    preparers = product.config.preparers
+    launch = Launch((product,))
     kernel = plgpu.kernel(
-        functools.partial(_kernel, product),
+        functools.partial(_kernel, launch),
         out_type=[product.out, product.total] if product.adds else [product.out],
-        scratch_types=product.scratch(),
-        grid=(product.parts * product.ctas_a_part,),
+        scratch_types=launch.scratch(),
+        grid=(launch.ctas,),
         grid_names=("cta",),
-        num_threads=preparers + 1,
+        num_threads=launch.preparers + 1,
         thread_name="wg",
         kernel_name="norm_matmul" if scales else "matmul_subtrees",
         # Where memory passes from one thread or proxy to another, the kernel says so itself.
@@ -121,21 +121,26 @@ def _run(terms: list[jax.Array], scales: list[jax.Array], w: jax.Array, product:
     return [out[:, :, : product.columns], *total]
 
 
-def _kernel(product: Product, *refs: rows.Ref, **scratch: rows.Ref) -> None:
+def _kernel(launch: Launch, *refs: rows.Ref, **scratch: rows.Ref) -> None:
+    [product] = launch.products
     count = 1 + product.adds
     terms, rest = refs[:count], list(refs[count:])
     scale = None if product.eps is None else rest.pop(0)
     w, out, *total = rest
     smem = types.SimpleNamespace(**scratch)
-    wg, preparers = lax.axis_index("wg"), product.config.preparers
+    wg = lax.axis_index("wg")
 
-    @pl.when(wg == preparers)
+    @pl.when(wg == launch.preparers)
     def _() -> None:
-        stream(product, w, smem)
+        stream(launch, [w], smem)
 
-    @pl.when(wg < preparers)
+    @pl.when(wg < launch.preparers)
     def _() -> None:
-        prepare(product, terms, scale, total[0] if total else None, smem)
+        prepare(launch, terms, scale, total[0] if total else None, smem)
         plgpu.commit_smem()
         plgpu.barrier_arrive(smem.ready)
-        pl.when(wg == 0)(lambda: multiply(product, out, smem))
+
+        @pl.when(wg == 0)
+        def _() -> None:
+            plgpu.barrier_wait(smem.ready)
+            multiply(launch, 0, store_to(product, out), smem, lax.optimization_barrier(jnp.int32(0)))

@@ -117,35 +117,74 @@ class Product:
         """What is normalised."""
         return jax.ShapeDtypeStruct((self.m, self.k), self.dtype)
 
-    @property
-    def pitch(self) -> int:
-        """Rows of boxes of a stage."""
-        return self.config.boxes * self.box_rows
-
     def mine(self) -> tuple[jax.Array, jax.Array, jax.Array]:
         """The part of this CTA, its first tile, and how many tiles it has."""
         cta, ctas = lax.axis_index("cta"), jnp.int32(self.ctas_a_part)
         part, first = lax.div(cta, ctas), lax.rem(cta, ctas)
         tiles = lax.div(self.tiles - first + ctas - 1, ctas)
-        return part, first, tiles
+        return part, first, jnp.where(part < self.parts, tiles, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """Products that one launch runs one after the other, with all CTAs together between two of them."""
+
+    products: tuple[Product, ...]
+
+    @property
+    def _first(self) -> Product:
+        return self.products[0]
+
+    @property
+    def stages(self) -> int:
+        return self._first.config.stages
+
+    @property
+    def preparers(self) -> int:
+        return self._first.config.preparers
+
+    @property
+    def paced(self) -> bool:
+        """Whether the warp that asks for stages sees them arrive."""
+        return self._first.config.flying is not None
+
+    @property
+    def interpret(self) -> bool:
+        return self._first.interpret
+
+    @property
+    def ctas(self) -> int:
+        return max(each.parts * each.ctas_a_part for each in self.products)
+
+    @property
+    def copies(self) -> int:
+        """Of a stage of every product: the barriers that count them are the same."""
+        return max(each.config.boxes * (1 + each.gated) for each in self.products)
+
+    @property
+    def pitch(self) -> int:
+        """Rows of boxes of a stage."""
+        return max(each.config.boxes * each.box_rows for each in self.products)
 
     def scratch(self) -> dict[str, Any]:
         """Shared memory and barriers, as `stages` names them."""
-        config = self.config
+        each, window = self.products, max(product.window for product in self.products)
         return {
-            "x": self._boxes(config.x_rows(self.k)),
-            "w": self._boxes(config.stages * self.pitch + self.window - self.box_rows),
-            "staged": plgpu.SMEM((MOST_ROWS, self.window + rows.THREADS), jnp.float32),
-            "sums": plgpu.SMEM((config.preparers, 2, self.chunk), jnp.float32),
-            "full": plgpu.Barrier(num_arrivals=config.boxes * (1 + self.gated), num_barriers=config.stages),
-            "empty": plgpu.Barrier(num_arrivals=1, num_barriers=config.stages),
-            "ready": plgpu.Barrier(num_arrivals=config.preparers),
-            "asked": plgpu.Barrier(num_arrivals=min(config.preparers, self.m)),
+            "x": self._boxes(max(product.config.x_rows(product.k) for product in each)),
+            "w": self._boxes(
+                self.stages * self.pitch + max(product.window - product.box_rows for product in each)
+            ),
+            "staged": plgpu.SMEM((MOST_ROWS, window + rows.THREADS), jnp.float32),
+            "sums": plgpu.SMEM((self.preparers, 2, max(product.chunk for product in each)), jnp.float32),
+            "full": plgpu.Barrier(num_arrivals=self.copies, num_barriers=self.stages),
+            "empty": plgpu.Barrier(num_arrivals=1, num_barriers=self.stages),
+            "ready": plgpu.Barrier(num_arrivals=self.preparers),
+            "asked": plgpu.Barrier(num_arrivals=min(self.preparers, self._first.m)),
         }
 
     def _boxes(self, count: int) -> Any:
         """`count` rows of boxes: under the name that wgmma reads, and under one for TMA and one for threads."""
-        ring = Ring((count, TILE_K), self.dtype, _SWIZZLE, self.interpret)
+        ring = Ring((count, TILE_K), self._first.dtype, _SWIZZLE, self.interpret)
         if self.interpret:
             return ring.names()[0]
         return plgpu.RefUnion(*ring.names(), plgpu.SMEM(ring.shape, ring.dtype))

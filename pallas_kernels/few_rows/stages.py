@@ -2,6 +2,7 @@
 
 import functools
 import types
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,69 +18,102 @@ from ..common import mosaic_rows as rows
 from ..common.activation import silu
 from ..tree_matmul.mosaic_leaves import LeafLoop
 from .config import MOST_ROWS, TILE_K
-from .problem import Product
+from .problem import Launch, Product
 
 Ref = rows.Ref
 
 
-def stream(product: Product, w_gmem: Ref, smem: types.SimpleNamespace) -> None:
+def stream(launch: Launch, weights: Sequence[Ref], smem: types.SimpleNamespace) -> None:
     """Keeps the ring full of w, from the first moment on, but for letting what x is made of go before most of it."""
-    config, stages = product.config, jnp.int32(product.config.stages)
-    part, first, tiles = product.mine()
-    ring = product.plain(smem.w)
-    # Not a constant to the compiler: unrolled, the loop would need more registers than a thread has.
-    steps = lax.optimization_barrier(jnp.int32(product.steps))
-
-    def copy(slot: jax.Array, k: jax.Array, column: jax.Array, box: int) -> None:
-        start = slot * product.pitch + box * product.box_rows
-
-        def copy_lines(src: Ref, first: int, count: int) -> None:
-            plgpu.copy_gmem_to_smem(src, ring.at[pl.ds(start + first, count)], smem.full.at[slot])
-
-        ks, width = pl.ds(k, TILE_K), product.width
-        if product.transpose_rhs:
-            copy_lines(w_gmem.at[pl.ds(column, width), ks], 0, width)
-        else:
-            copy_lines(w_gmem.at[ks, pl.ds(column, width)], 0, TILE_K)
-        if product.gated:  # the values that belong to the gates
-            copy_lines(w_gmem.at[pl.ds(product.columns + column, width), ks], width, width)
-
-    def tile(i: jax.Array, count: jax.Array) -> jax.Array:
-        column = (first + i * product.ctas_a_part) * product.width
-
-        def step(j: jax.Array, count: jax.Array) -> jax.Array:
-            slot = lax.rem(count, stages)
-            pl.when(count >= stages)(lambda: plgpu.barrier_wait(smem.empty.at[slot]))
-            pl.when(count == config.head)(lambda: plgpu.barrier_wait(smem.asked))
-            for box in range(config.boxes):
-                copy(slot, part * product.part_k + j * product.depth + box * TILE_K, column, box)
-            return count + 1
-
-        return lax.fori_loop(0, steps, step, count)
 
     @plgpu.warp_map
     def _(warp: jax.Array) -> None:
         @pl.when(warp == 0)
         def _() -> None:
-            count = lax.fori_loop(0, tiles, tile, jnp.int32(0))
+            count = seen = jnp.int32(0)
+            for index, w in enumerate(weights):
+                count, seen = _stream_product(launch, index, w, smem, count, seen)
             # No barrier may go away while an arrival is pending: see the last use of every slot freed.
-            lax.fori_loop(
-                jnp.maximum(count - stages, 0),
-                count,
-                lambda i, _: plgpu.barrier_wait(smem.empty.at[lax.rem(i, stages)]),
-                None,
-            )
+            _wait_each(smem.empty, jnp.maximum(count - launch.stages, 0), count, launch.stages)
+            if launch.paced:
+                _wait_each(smem.full, seen, count, launch.stages)
+
+
+def _wait_each(barriers: Ref, first: jax.Array, end: jax.Array, stages: int) -> None:
+    """Waits for the barriers of the stages number first .. end - 1."""
+    lax.fori_loop(
+        first, end, lambda i, _: plgpu.barrier_wait(barriers.at[lax.rem(i, jnp.int32(stages))]), None
+    )
+
+
+def _stream_product(
+    launch: Launch, index: int, w_gmem: Ref, smem: types.SimpleNamespace, count: jax.Array, seen: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Streams what this CTA needs for one product, from stage number `count` on.
+
+    Returns:
+        The number after the last stage, and that of the first one which this warp has not seen arrive.
+    """
+    product, stages = launch.products[index], jnp.int32(launch.stages)
+    config = product.config
+    part, first, tiles = product.mine()
+    ring = launch.plain(smem.w)
+    height = product.box_rows // (launch.copies // config.boxes)  # of a copy
+    # Not a constant to the compiler: unrolled, the loop would need more registers than a thread has.
+    steps = lax.optimization_barrier(jnp.int32(product.steps))
+
+    def copy(slot: jax.Array, k: jax.Array, column: jax.Array, box: int) -> None:
+        for start in range(0, product.box_rows, height):
+            if not product.transpose_rhs:
+                src = w_gmem.at[pl.ds(k + start, height), pl.ds(column, product.width)]
+            else:  # gates, and then the values that belong to them
+                values = product.columns - product.width if start >= product.width else 0
+                src = w_gmem.at[pl.ds(column + start + values, height), pl.ds(k, TILE_K)]
+            to = ring.at[pl.ds(slot * launch.pitch + box * product.box_rows + start, height)]
+            plgpu.copy_gmem_to_smem(src, to, smem.full.at[slot])
+
+    begun = count
+
+    def wait_for_earlier(count: jax.Array, seen: jax.Array) -> jax.Array:
+        """Lets no more stages be under way than may be: whatever else is asked for queues behind them."""
+        if config.flying is None:
+            return seen
+        allowed = jnp.int32(config.flying)
+        if index and config.ahead is not None:
+            allowed = jnp.where(count - begun < stages, jnp.int32(config.ahead), allowed)
+        until = jnp.maximum(seen, count - allowed + 1)
+        _wait_each(smem.full, seen, until, launch.stages)
+        return until
+
+    def tile(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        column = (first + i * product.ctas_a_part) * product.width
+
+        def step(j: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            count, seen = carry
+            slot = lax.rem(count, stages)
+            pl.when(count >= stages)(lambda: plgpu.barrier_wait(smem.empty.at[slot]))
+            if index == 0:
+                pl.when(count == config.head)(lambda: plgpu.barrier_wait(smem.asked))
+            seen = wait_for_earlier(count, seen)
+            for box in range(config.boxes):
+                copy(slot, part * product.part_k + j * product.depth + box * TILE_K, column, box)
+            return count + 1, seen
+
+        return lax.fori_loop(0, steps, step, carry)
+
+    return lax.fori_loop(0, tiles, tile, (count, seen))
 
 
 def prepare(
-    product: Product,
+    launch: Launch,
     terms: tuple[Ref, ...],
     scale: Ref | None,
     total: Ref | None,
     smem: types.SimpleNamespace,
 ) -> None:
-    """Puts this warpgroup's rows, as they are to be multiplied, into shared memory."""
-    wg, size, preparers = lax.axis_index("wg"), product.chunk, product.config.preparers
+    """Puts this warpgroup's rows of the first product, as they are to be multiplied, into shared memory."""
+    product = launch.products[0]
+    wg, size, preparers = lax.axis_index("wg"), product.chunk, launch.preparers
     part, _, _ = product.mine()
     starts = range(0, product.part_k, size)
     scales = None if scale is None else [rows.load_chunk(scale, start, size) for start in starts]
@@ -116,7 +150,7 @@ def prepare(
                 interpret=product.interpret,
             )
         for start, chunk in zip(starts, chunks, strict=True):
-            _put(product, smem.x, chunk, start, turn)
+            put(launch, smem.x, chunk, start, turn)
 
     for turn in range(pl.cdiv(product.m, preparers)):
         whole = (turn + 1) * preparers <= product.m
@@ -125,20 +159,19 @@ def prepare(
         )
 
 
-def _put(product: Product, x_smem: Ref, chunk: jax.Array, start: int, turn: int) -> None:
+def put(launch: Launch, x_smem: Ref, chunk: jax.Array, start: int, turn: int) -> None:
     """Stores elements start .. of row turn * preparers + wg to its boxes, 64 to a box."""
-    preparers = product.config.preparers
-    if product.interpret:
-        row = turn * preparers + lax.axis_index("wg")
+    if launch.interpret:
+        row = turn * launch.preparers + lax.axis_index("wg")
         for i in range(0, chunk.shape[0], TILE_K):
             x_smem.at[(start + i) // TILE_K * MOST_ROWS + row][...] = chunk[i : i + TILE_K]
         return
-    _put_swizzled(chunk.shape[0], start, turn * preparers)(chunk, product.raw(x_smem))
+    _put_swizzled(chunk.shape[0], start, turn * launch.preparers)(chunk, launch.raw(x_smem))
 
 
 @functools.cache
 def _put_swizzled(size: int, start: int, first_row: int) -> Any:
-    """`_put` where 128 bytes of a row lie as wgmma's widest swizzle has them: pieces of 16 bytes, by row exchanged."""
+    """`put` where 128 bytes of a row lie as wgmma's widest swizzle has them: pieces of 16 bytes, by row exchanged."""
 
     @plgpu.inline_mgpu(arg_types=(rows.chunk_layout(size), plgpu.RefType()))
     def put(_: Any, chunk: Any, ref: ir.Value) -> None:
@@ -157,20 +190,46 @@ def _put_swizzled(size: int, start: int, first_row: int) -> Any:
     return put
 
 
-def multiply(product: Product, out: Ref, smem: types.SimpleNamespace) -> None:
-    """Multiplies all rows with this CTA's tiles of w, and stores them."""
+#: Stores a row of a tile's result, the first `width` of 128 elements, given its number, the part of K that it is the
+#: sum of, and the column of the result where it begins.
+type Store = Callable[[jax.Array, int, jax.Array, jax.Array], None]
+
+
+def store_to(product: Product, out: Ref) -> Store:
+    """Stores results to out [parts, m, columns] in global memory."""
+
+    def store(x: jax.Array, row: int, part: jax.Array, column: jax.Array) -> None:
+        if product.interpret:
+            out.at[part, row, pl.ds(column, product.width)][...] = x[: product.width]
+        else:
+            _store_line(product.width, product.columns)(x, out.at[part, row], column)
+
+    return store
+
+
+def multiply(
+    launch: Launch, index: int, store: Store, smem: types.SimpleNamespace, count: jax.Array
+) -> jax.Array:
+    """Multiplies all rows with this CTA's tiles of w, from stage number `count` on, and stores them.
+
+    Returns:
+        The number after the last stage.
+    """
+    product, begun = launch.products[index], count
     config = product.config
     part, first, tiles = product.mine()
-    x, w = product.tiled(smem.x), product.tiled(smem.w)
-    plgpu.barrier_wait(smem.ready)
+    x, w = launch.tiled(smem.x), launch.tiled(smem.w)
 
     def multiply_step(acc: Ref, count: jax.Array) -> jax.Array:
-        slot, step = lax.rem(count, jnp.int32(config.stages)), lax.rem(count, jnp.int32(product.steps))
+        slot, step = (
+            lax.rem(count, jnp.int32(launch.stages)),
+            lax.rem(count - begun, jnp.int32(product.steps)),
+        )
         plgpu.barrier_wait(smem.full.at[slot])
         for box in range(config.boxes):
             # w is the left operand: it has the more rows. The tensor cores read whole tiles, and behind a box whatever
             # is there: a row of the result depends on its own row of w alone, and those of others are never stored.
-            start = slot * product.pitch + box * product.box_rows
+            start = slot * launch.pitch + box * product.box_rows
             a = w.at[pl.ds(start, product.window)]
             rows_of_x = x.at[pl.ds((step * config.boxes + box) * MOST_ROWS, MOST_ROWS)]
             plgpu.wgmma(acc, a if product.transpose_rhs else a.transpose((1, 0)), rows_of_x.transpose((1, 0)))
@@ -188,14 +247,14 @@ def multiply(product: Product, out: Ref, smem: types.SimpleNamespace) -> None:
     def tile(i: jax.Array, count: jax.Array) -> jax.Array:
         [value] = loop.group(count, product.part_leaves, lambda: None)
         column = (first + i * product.ctas_a_part) * product.width
-        _store(product, value, smem.staged, out.at[part], column)
+        _store(product, value, smem.staged, lambda x, row: store(x, row, part, column))
         return count + product.steps
 
-    lax.fori_loop(0, tiles, tile, lax.optimization_barrier(jnp.int32(0)))
+    return lax.fori_loop(0, tiles, tile, count)
 
 
-def _store(product: Product, value: jax.Array, staged: Ref, out: Ref, column: jax.Array) -> None:
-    """Stores the sums of a tile, [window, 8], as columns `column` .. of the m rows of out, gated if they are."""
+def _store(product: Product, value: jax.Array, staged: Ref, store: Callable[[jax.Array, int], None]) -> None:
+    """Stores the sums of a tile, [window, 8], row by row, gated if they are."""
     _turn(product, value, staged)
     for row in range(product.m):
         line = staged.at[row]
@@ -204,11 +263,7 @@ def _store(product: Product, value: jax.Array, staged: Ref, out: Ref, column: ja
             gate, up = x, rows.load_chunk(line, product.width, rows.THREADS)
             gate, up = (each.astype(product.out_dtype).astype(jnp.float32) for each in (gate, up))
             x = silu(gate) * up
-        x = x.astype(product.out_dtype)
-        if product.interpret:
-            out.at[row, pl.ds(column, product.width)][...] = x[: product.width]
-        else:
-            _store_line(product.width, product.columns)(x, out.at[row], column)
+        store(x.astype(product.out_dtype), row)
 
 
 def _turn(product: Product, value: jax.Array, staged: Ref) -> None:

@@ -1,7 +1,7 @@
 """The operations a model calls, and where its ranks stand in the mesh."""
 
 import dataclasses
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -10,6 +10,8 @@ from jax import lax
 
 from ..collectives import tree_all_gather
 from ..pallas_kernels.embedding.api import embedding
+from ..pallas_kernels.few_rows.boards import Boards
+from ..pallas_kernels.few_rows.rest import LayerRest
 from ..pallas_kernels.sampling.api import Draw, sample_argmax
 
 TP = "tp"
@@ -118,11 +120,14 @@ class Stream(NamedTuple):
 
     Attributes:
         x: [B, T, D].
-        pending: like x; or, where the ops behind take it (see `few_rows`), the subtrees of a sum, float32 [P, B, T, D].
+        pending: like x; or, where the ops behind take it (see `few_rows`), the subtrees of a sum, float32 [P, B, T, D],
+            or a layer's ops that have yet to run.
+        boards: what `rest_of_layer` hands on to its next call.
     """
 
     x: jax.Array
-    pending: jax.Array | None = None
+    pending: jax.Array | LayerRest | None = None
+    boards: Boards | None = None
 
 
 #: What yields, where others may take a turn, what its next turn takes and what this one computed; see `turns`.
@@ -153,23 +158,32 @@ class Parallel:
         yield from ()
         return self.numerics.row_parallel(x, w)
 
+    def put_off(self, stream: Stream, rest: Callable[[], LayerRest]) -> Stream | None:
+        """A layer's output with the ops behind its attention pending, or None: then the layer runs them."""
+        return None
+
     def total(self, stream: Stream) -> jax.Array:
         """The residual stream [B, T, D], with what is still to be added to it."""
+        assert not isinstance(stream.pending, LayerRest)
         return stream.x if stream.pending is None else self.numerics.add(stream.x, stream.pending)
 
     def norm(self, stream: Stream, scale: jax.Array, *, eps: float) -> tuple[jax.Array, jax.Array]:
         """`total`, and RMSNorm of it."""
+        assert not isinstance(stream.pending, LayerRest)
         if stream.pending is None:
             return self.numerics.keep_rms_norm(stream.x, scale, eps=eps)
         return self.numerics.add_rms_norm(stream.x, stream.pending, scale, eps=eps)
 
     def norm_column_parallel(
         self, stream: Stream, scale: jax.Array, w: jax.Array, *, eps: float, gated: bool = False
-    ) -> tuple[jax.Array, jax.Array]:
-        """`total`, and `Numerics.column_parallel`, or `gated_column_parallel`, of RMSNorm of it."""
+    ) -> tuple[Stream, jax.Array]:
+        """`total`, nothing pending, and `Numerics.column_parallel`, or `gated_column_parallel`, of RMSNorm of it."""
         x, normalised = self.norm(stream, scale, eps=eps)
         ops = self.numerics
-        return x, ops.gated_column_parallel(normalised, w) if gated else ops.column_parallel(normalised, w)
+        stream = stream._replace(x=x, pending=None)
+        return stream, ops.gated_column_parallel(normalised, w) if gated else ops.column_parallel(
+            normalised, w
+        )
 
 
 class TrainingNumerics(Numerics, Protocol):

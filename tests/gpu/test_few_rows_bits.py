@@ -3,18 +3,26 @@
 `benchmarks/few_rows_speed.py` compares the shapes of the published models, and times them.
 """
 
+import dataclasses
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+from tbik_jax import SamplingParams, generate, synthetic
+from tbik_jax.layers import few_rows
+from tbik_jax.models import Qwen3, Qwen3Config
 from tbik_jax.pallas_kernels import (
+    LayerRest,
     add_rms_norm,
     gated_matmul,
     join_subtrees,
     matmul_subtrees,
     norm_matmul,
+    rest_of_layer,
     rms_norm,
     tree_join,
     tree_matmul,
@@ -116,6 +124,65 @@ def test_subtrees_join_to_the_whole_product(make, dtype, m, k, n):
     assert len(matmul_subtrees(x, w, 8, backend="mosaic_gpu")) > 1
 
 
+def a_rest(make, dtype, size):
+    """x, the rest of a layer of a published size, and the norm and product behind it."""
+    d, k, f, n = {"0.6B": (1024, 2048, 3072, 4096), "1.7B": (2048, 2048, 6144, 4096)}[size]
+    rng = np.random.default_rng([d, k, f, n])
+
+    def weights(rows, columns, fan_in):
+        return jnp.asarray(normal(rng, (rows, columns)) * fan_in**-0.5, dtype)
+
+    x, heads = (jnp.asarray(make(rng, (1, one), dtype)) for one in (d, k))
+    scale, behind = (jnp.asarray(1 + normal(rng, (d,)) / 5, dtype) for _ in range(2))
+    rest = LayerRest(heads, weights(k, d, k), scale, weights(2 * f, d, d), weights(f, d, f), EPS)
+    return x, rest, (behind, weights(n, d, d), EPS)
+
+
+def op_by_op(x, rest, behind):
+    attended = tree_matmul(rest.heads, rest.out_w, 8, backend="mosaic_gpu")
+    total, normalised = add_rms_norm(x, attended, rest.scale, eps=EPS, backend="mosaic_gpu")
+    hidden = gated_matmul(normalised, rest.gate_up_w, backend="mosaic_gpu")
+    down = tree_matmul(hidden, rest.down_w, 8, backend="mosaic_gpu")
+    if behind is None:
+        return total, down
+    total, normalised = add_rms_norm(total, down, behind[0], eps=EPS, backend="mosaic_gpu")
+    return total, tree_matmul(normalised, behind[1], 1, transpose_rhs=True, backend="mosaic_gpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("make", KINDS)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16.dtype.type, np.float16])
+@pytest.mark.parametrize("size", ["0.6B", "1.7B"])
+def test_the_rest_of_a_layer_in_one_launch_has_the_bits_of_its_ops(make, dtype, size):
+    x, rest, behind = a_rest(make, dtype, size)
+    whole, last = op_by_op(x, rest, behind), op_by_op(x, rest, None)
+    boards = None
+    for _ in range(25):  # a race need not show at once
+        total, product, boards = rest_of_layer(x, rest, behind, boards, backend="mosaic_gpu")
+        assert_same_bits((total, product), whole)
+        total, subtrees, boards = rest_of_layer(x, rest, None, boards, backend="mosaic_gpu")
+        assert_same_bits((total, join_subtrees(subtrees, x.dtype, backend="mosaic_gpu")), last)
+        assert (boards.blank == -1).all()
+    # twin: another last bit of one head
+    heads = rest.heads.at[0, 7].set(jnp.nextafter(rest.heads[0, 7], jnp.asarray(jnp.inf, x.dtype)))
+    nudged = rest_of_layer(x, rest._replace(heads=heads * 2), behind, backend="mosaic_gpu")
+    assert differing(nudged[1], whole[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("where", ["x", "heads", "gate_up_w", "down_w"])
+def test_a_nan_whose_bits_are_all_set_keeps_nobody_waiting(where):
+    """It is what a word of a board holds that has not come yet."""
+    x, rest, behind = a_rest(normal, jnp.bfloat16.dtype.type, "0.6B")
+    nan = jax.lax.bitcast_convert_type(jnp.uint16(0xFFFF), jnp.bfloat16)
+    if where == "x":
+        x = x.at[0, 5].set(nan)
+    else:
+        rest = rest._replace(**{where: getattr(rest, where).at[0].set(nan)})
+    total, product, _ = rest_of_layer(x, rest, behind, backend="mosaic_gpu")
+    assert jnp.isnan(total).any() and jnp.isnan(product).all()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("parts", [2, 8])
 def test_a_norm_and_a_join_of_subtrees_have_the_reference_s_bits(parts):
@@ -125,3 +192,33 @@ def test_a_norm_and_a_join_of_subtrees_have_the_reference_s_bits(parts):
     norm = functools.partial(add_rms_norm, eps=EPS)
     found = norm(x, y, scale, backend="mosaic_gpu")
     assert_same_bits(found, on_cpu(functools.partial(norm, backend="reference"), x, y, scale))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", ["0.6B", "1.7B"])
+def test_a_row_alone_is_generated_as_in_company(size, monkeypatch):
+    """Alone its layers take one launch each but for attention; in company, and as a scan, others do."""
+    published = Qwen3Config.from_dict(synthetic.qwen3_config(size))
+    sizes = dataclasses.replace(published, num_hidden_layers=3, vocab_size=4096, eos_token_id=())
+    model = Qwen3(sizes, dtype=jnp.bfloat16, rngs=nnx.Rngs(1))
+    rng = np.random.default_rng(2)
+    prompts = [rng.integers(0, 4096, n) for n in (300, 7)]
+    sampling = [SamplingParams(temperature=0.7, seed=3), SamplingParams()]
+    calls = []
+    op = few_rows.rest_of_layer
+    monkeypatch.setattr(
+        few_rows, "rest_of_layer", lambda *args, **options: calls.append(1) or op(*args, **options)
+    )
+    together = generate(model, prompts, max_new_tokens=200, sampling=sampling)
+    assert not calls
+    for i in range(2):
+        for scan_layers in (False, True):
+            alone = generate(
+                model, prompts[i : i + 1], max_new_tokens=200, sampling=sampling[i], scan_layers=scan_layers
+            )
+            assert_same_bits((alone.tokens[0], alone.logprobs[0]), (together.tokens[i], together.logprobs[i]))
+    assert calls
+    # twin: a scale that differs in a layer's middle
+    model.layers[1].post_attention_norm.scale_d[...] *= 1.0078125
+    other = generate(model, prompts[:1], max_new_tokens=200, sampling=sampling[0])
+    assert differing(other.logprobs[0], together.logprobs[0])

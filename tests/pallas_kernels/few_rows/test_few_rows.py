@@ -242,6 +242,13 @@ def test_the_chosen_tilings_fit_and_lower_for_hopper(monkeypatch, size, m):
         assert text.count("@mosaic_gpu_v2") == 1
 
 
+def test_a_ring_that_would_run_dry_gives_way_to_more_parts():
+    long = choose_subtree_config(2048, 24576, 8)
+    assert long.parts == 4 and long.stages >= 4
+    assert choose_subtree_config(2048, 6144, 8).parts == 2
+    assert choose_subtree_config(2048, 24576, 8, 2).stages < 4  # where none other was asked for
+
+
 @pytest.mark.parametrize(("m", "n", "d"), [(3, 208, 640), (1, 16, 128), (8, 4832, 2560)])
 def test_narrow_products_lower_for_hopper(monkeypatch, m, n, d):
     """Their stages are small, and many of them would need more barriers than Mosaic makes."""
