@@ -3,7 +3,7 @@
 import dataclasses
 import operator
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from jax.sharding import Mesh
@@ -253,14 +253,16 @@ def _sampling_rows(
 ) -> list[SamplingParams]:
     if sampling is None:
         sampling = SamplingParams()
-    rows = [sampling] * count if isinstance(sampling, SamplingParams) else sampling
-    if not isinstance(rows, Sequence) or not all(isinstance(row, SamplingParams) for row in rows):
+    rows: list[Any] = [sampling] * count if isinstance(sampling, SamplingParams) else [sampling]
+    if isinstance(sampling, Iterable):
+        rows = list(sampling)
+    if not all(isinstance(row, SamplingParams) for row in rows):
         raise ValueError(f"sampling must be a SamplingParams, or one for each prompt, not {sampling!r}")
     if len(rows) != count:
         raise ValueError(
             f"sampling must be a SamplingParams, or one for each of the {count} prompts; got {len(rows)}"
         )
-    return list(rows)
+    return rows
 
 
 def _whole(name: str, value: int) -> int:

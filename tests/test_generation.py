@@ -314,6 +314,15 @@ def test_streamed_tokens_are_the_result(model, expected, eos):
     assert max(len(each) for each in parts.values()) > 1  # it came in parts
 
 
+def test_any_iterable_of_sampling_parameters_will_do(model):
+    each = [SamplingParams(temperature=0.7, seed=i) for i in range(len(PROMPTS))]
+    out, expected = (
+        generate(model, PROMPTS, mesh=make_mesh(), max_new_tokens=2, sampling=given)
+        for given in ((one for one in each), each)
+    )
+    assert_same_bits((out.tokens, out.logprobs), (expected.tokens, expected.logprobs))
+
+
 @pytest.mark.parametrize(("new", "ends"), [(6, False), (8, True), (1, False)])
 def test_steps_behind_the_last_change_nothing(model, expected, monkeypatch, new, ends):
     """Where the host asks behind several steps only, some are run past the limit, or after all rows have ended."""

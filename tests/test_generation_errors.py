@@ -35,6 +35,7 @@ BAD_CALLS = {
     "callback": ({"on_tokens": "print"}, "on_tokens='print' must be callable"),
     "sampling": ({"sampling": 3}, "one for each prompt, not 3"),
     "sampling rows": ({"sampling": [None]}, "one for each prompt, not [None]"),
+    "sampling names": ({"sampling": {"temperature": 1.0}}, "one for each prompt, not {'temperature': 1.0}"),
     "sampling count": ({"sampling": [SamplingParams()] * 2}, "one for each of the 1 prompts"),
     "eos": ({"eos_id": 128}, "eos_id=128 is no token id"),
     "numerics": (

@@ -108,9 +108,11 @@ class Qwen3Config:
         if rope_type != "default":
             raise ValueError(f"rope_type={rope_type!r} is not implemented; only 'default' is")
         for name, values in _IMPLEMENTED.items():
-            value = rope.get(name, raw.get(name)) if name == "partial_rotary_factor" else raw.get(name)
-            if value not in values:
-                raise ValueError(f"config field {name}={value!r} is not implemented; it must be {values[0]}")
+            for value in (raw.get(name), rope.get(name) if name == "partial_rotary_factor" else None):
+                if value is not None and value not in values:
+                    raise ValueError(
+                        f"config field {name}={value!r} is not implemented; it must be {values[0]}"
+                    )
         kinds = raw.get("layer_types") or []
         if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
             raise ValueError(f"config field layer_types={kinds!r} must be a list of 'full_attention' alone")

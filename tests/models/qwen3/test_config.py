@@ -175,6 +175,10 @@ def test_a_missing_field_is_named(name: str, style: Any) -> None:
             {"rope_parameters": {"rope_theta": 1e6, "partial_rotary_factor": 0.25}},
             ("partial_rotary_factor=0.25",),
         ),
+        (
+            {"rope_parameters": {"partial_rotary_factor": None}, "partial_rotary_factor": 0.5},
+            ("partial_rotary_factor=0.5",),
+        ),
         ({"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, ("each kind of layer",)),
         ({"architectures": ["Qwen3ForSequenceClassification"]}, ("architectures", "Qwen3ForCausalLM")),
         ({"eos_token_id": [1, RAW["vocab_size"]]}, (f"eos_token_id={RAW['vocab_size']}", "below vocab_size")),
